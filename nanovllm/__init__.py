@@ -1,0 +1,31 @@
+"""nano-vllm-hust: an LLM inference system whose long-lived state is first class.
+
+What it is: the public names. What it knows nothing about: how they work.
+Invariant: importing the package does not import torch; that happens on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanovllm.core.sampling_params import SamplingParams as SamplingParams
+    from nanovllm.core.segments import Segment as Segment
+    from nanovllm.llm import LLM as LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "Segment", "__version__"]
+
+_HOMES = {
+    "LLM": "nanovllm.llm",
+    "SamplingParams": "nanovllm.core.sampling_params",
+    "Segment": "nanovllm.core.segments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,185 @@
+"""Engine settings: one frozen dataclass, checked when it is made.
+
+What it is: the place where keyword arguments, environment variables and a file
+become an `EngineConfig`; later sources win: defaults < file < `NANOVLLM_*` <
+keyword. What it knows nothing about: models, torch, what a setting does.
+Invariants: a constructed config is valid; an unknown key is an error that names
+the nearest known one; nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+KERNELS = ("auto", "reference", "cpu", "cuda")
+PREFIX_MODES = ("off", "observe", "reuse")
+SCHEDULE_MODES = ("mixed", "separate")
+POLICIES = ("fcfs", "priority", "sjf")
+ALIASES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Every setting of one engine. `None` means: decided at start from the model and the machine."""
+
+    model: str = _setting("smollm2", "directory, .gguf file, hub id, alias or tiny:random")
+    dtype: str = _setting("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware has it")
+    device: str = _setting("auto", "auto, cpu or cuda")
+    kernels: str = _setting("auto", "auto, reference (plain torch), cpu or cuda")
+    block_size: int = _setting(16, "tokens a KV block holds, from 1 up")
+    kv_memory: int | str | None = _setting(None, "KV pool budget, bytes or '2GiB'; default: sized from free memory")
+    num_blocks: int | None = _setting(None, "KV blocks in the pool; overrides kv_memory")
+    gpu_memory_utilization: float = _setting(0.9, "share of GPU memory to use; has effect on cuda only")
+    max_model_len: int | None = _setting(None, "longest prompt plus output, tokens")
+    max_num_seqs: int = _setting(64, "sequences one step may run")
+    max_num_batched_tokens: int = _setting(2048, "tokens one step may compute")
+    schedule_mode: str = _setting("mixed", "mixed: prefill beside decode; separate: one or the other per step")
+    policy: str = _setting("fcfs", "fcfs, priority or sjf (shortest first)")
+    max_new_requests_per_step: int | None = _setting(None, "requests one step may admit")
+    prefill_during_decode: bool = _setting(True, "admit and prefill while others decode")
+    max_prefill_chunk: int | None = _setting(None, "longest prefill chunk of one sequence per step, tokens")
+    watermark: float = _setting(0.01, "share of the pool kept free at admission")
+    prefix_mode: str = _setting("reuse", "off, observe (report potential hits only) or reuse")
+    seed: int = _setting(0, "seed of requests that bring none, and of tiny:random weights")
+    num_threads: int | None = _setting(None, "CPU threads for kernels; belongs to the process")
+    enforce_eager: bool = _setting(True, "no compilation or graph capture")
+    tensor_parallel_size: int = _setting(1, "only 1 is implemented")
+    event_capacity: int = _setting(65536, "events kept on the bus before the oldest are dropped")
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "event_capacity"):
+            self._at_least_one(name, getattr(self, name))
+        for name in ("num_blocks", "max_model_len", "max_new_requests_per_step", "max_prefill_chunk", "num_threads"):
+            if getattr(self, name) is not None:
+                self._at_least_one(name, getattr(self, name))
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
+        _check_share("watermark", self.watermark)
+        _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
+        if self.tensor_parallel_size != 1:
+            raise ConfigError("tensor_parallel_size must be 1.", param="tensor_parallel_size",
+                              hint="Tensor parallelism is not implemented; remove the setting.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed must be an integer in [0, 2**64), not {self.seed!r}.", param="seed")
+        self.kv_memory_bytes  # noqa: B018  (parses, so that a bad size is refused here)
+
+    @property
+    def kv_memory_bytes(self) -> int | None:
+        """The KV budget in bytes, or None where it is to be sized from free memory."""
+        return None if self.kv_memory is None else parse_bytes(self.kv_memory, "kv_memory")
+
+    @classmethod
+    def from_kwargs(cls, model: str | os.PathLike[str], **kwargs: Any) -> EngineConfig:
+        """Build from Python keywords; `use_tqdm` is known from upstream and belongs to `generate`."""
+        known = {ALIASES.get(key, key): value for key, value in kwargs.items() if key != "use_tqdm"}
+        known.pop("model", None)
+        return cls(model=os.fspath(model), **_checked(known))
+
+    @classmethod
+    def load(
+        cls, flags: Mapping[str, Any], *, file: Path | None = None, env: Mapping[str, str] = os.environ
+    ) -> tuple[EngineConfig, dict[str, str]]:
+        """Merge file, environment and flags; also return the source of each setting that is not a default."""
+        merged: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for source, values in (("file", _read_file(file)), ("environment", _read_env(env)), ("flag", flags)):
+            for key, value in _checked({ALIASES.get(k, k): v for k, v in values.items()}).items():
+                merged[key], sources[key] = value, source
+        return cls(**merged), sources
+
+    @staticmethod
+    def _at_least_one(name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}.", param=name)
+
+
+_CHOICES = {"dtype": DTYPES, "device": DEVICES, "kernels": KERNELS, "prefix_mode": PREFIX_MODES,
+            "schedule_mode": SCHEDULE_MODES, "policy": POLICIES}  # fmt: skip
+
+
+def parse_bytes(value: int | str, param: str) -> int:
+    """Bytes of `2147483648`, `"2GiB"`, `"512 MB"`. Raises ConfigError on anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", str(value))
+        if not found or found[2].lower() not in _UNITS:
+            raise ConfigError(f"{param} must be a size such as '2GiB' or a number of bytes, not {value!r}.", param=param)
+        size = int(float(found[1]) * _UNITS[found[2].lower()])
+    if size < 1:
+        raise ConfigError(f"{param} must be more than 0 bytes.", param=param)
+    return size
+
+
+def unknown_key(key: str, known: list[str], what: str) -> ConfigError:
+    """The error for a key nobody knows; it names the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
+    return ConfigError(f"{what} {key!r} is unknown.", param=key, hint=hint)
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    known = [f.name for f in fields(EngineConfig)]
+    for key in values:
+        if key not in known:
+            raise unknown_key(key, [*known, *ALIASES], "Setting")
+    return dict(values)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.", param=name)
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be between 0 and 1, not {value!r}.", param=name)
+
+
+def _read_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The settings file {path} cannot be read: {error}.", param="config") from error
+
+
+def _read_env(env: Mapping[str, str]) -> dict[str, Any]:
+    """`NANOVLLM_BLOCK_SIZE=32` sets block_size; variables that name no setting are left to others."""
+    found: dict[str, Any] = {}
+    for f in fields(EngineConfig):
+        text = env.get(f"NANOVLLM_{f.name.upper()}")
+        if text is not None:
+            found[f.name] = parse_setting(f.name, text)
+    return found
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of one setting given as text, by the type its field is annotated with."""
+    kind = next(str(f.type) for f in fields(EngineConfig) if f.name == name)
+    try:
+        if kind.startswith("bool"):
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        if kind.startswith("int | str") or kind.startswith("str"):
+            return text
+        return float(text) if kind.startswith("float") else int(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name} cannot be read from {text!r}.", param=name) from None

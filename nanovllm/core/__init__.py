@@ -1,0 +1,1 @@
+"""Plain data that everybody may import: standard library only, no torch, no numpy, no engine."""

@@ -1,0 +1,131 @@
+"""Events: what happened, as typed records on a bounded bus.
+
+What it is: the one stream that logs, traces, dashboards and labs read. What it
+knows nothing about: its readers. Invariants: sequence numbers have no gaps on the
+bus; a reader that falls behind is told how many records it lost; emitting never
+blocks and never fails. Counters and timelines are kept elsewhere and synchronously:
+nothing exact is derived from a stream that may drop. No event carries prompt text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from typing import NamedTuple
+
+from nanovllm.core.clock import Clock
+
+SCHEMA = 1
+STAGES = (
+    "entered", "queued", "scheduled", "loading", "prefill_begin", "prefill_chunk", "prefill_end", "first_token",
+    "decode_step", "output_complete", "state_released", "preempted", "aborted", "failed", "rejected",
+)  # fmt: skip
+TERMINAL_STAGES = ("output_complete", "aborted", "failed", "rejected")
+
+
+class RequestEvent(NamedTuple):
+    """One request reached a stage. `epoch` counts its preemptions; `batch_size` is the step's, 0 outside one."""
+
+    seq: int
+    ts_ns: int
+    request_id: str
+    stage: str
+    epoch: int
+    prompt_len: int
+    generated_len: int
+    batch_size: int
+
+
+class StepEvent(NamedTuple):
+    """One engine step was scheduled: who runs, who waits, how many blocks are free."""
+
+    seq: int
+    ts_ns: int
+    step: int
+    batch_size: int
+    running_size: int
+    waiting_size: int
+    prefill_tokens: int
+    decode_tokens: int
+    free_blocks: int
+
+
+class BlockEvent(NamedTuple):
+    """A full block became shareable (`stored`) or ceased to be (`removed`), on `medium`."""
+
+    seq: int
+    ts_ns: int
+    action: str
+    digest: bytes
+    parent: bytes
+    block_size: int
+    medium: str
+    token_ids: tuple[int, ...] | None
+
+
+Event = RequestEvent | StepEvent | BlockEvent
+
+
+class EventBus:
+    """A ring of the last `capacity` events; writers append, each reader keeps its own place."""
+
+    def __init__(self, clock: Clock, capacity: int = 65536) -> None:
+        self._clock = clock
+        self._ring: deque[Event] = deque(maxlen=capacity)
+        self._next_seq = 0
+
+    @property
+    def emitted(self) -> int:
+        """How many events were emitted so far; the next one gets this sequence number."""
+        return self._next_seq
+
+    def request(self, request_id: str, stage: str, epoch: int, prompt_len: int, generated_len: int,
+                batch_size: int = 0, ts_ns: int | None = None) -> None:  # fmt: skip
+        """Emit a `RequestEvent`, at `ts_ns` where the moment was taken already."""
+        ts_ns = self._clock.now_ns() if ts_ns is None else ts_ns
+        self._append(RequestEvent(self._next_seq, ts_ns, request_id, stage, epoch, prompt_len, generated_len, batch_size))
+
+    def step(self, step: int, batch_size: int, running_size: int, waiting_size: int,
+             prefill_tokens: int, decode_tokens: int, free_blocks: int) -> None:  # fmt: skip
+        """Emit a `StepEvent`."""
+        self._append(StepEvent(self._next_seq, self._clock.now_ns(), step, batch_size, running_size, waiting_size,
+                               prefill_tokens, decode_tokens, free_blocks))  # fmt: skip
+
+    def block(self, action: str, digest: bytes, parent: bytes, block_size: int,
+              medium: str = "device", token_ids: tuple[int, ...] | None = None) -> None:  # fmt: skip
+        """Emit a `BlockEvent`."""
+        self._append(BlockEvent(self._next_seq, self._clock.now_ns(), action, digest, parent, block_size, medium, token_ids))
+
+    def reader(self, *, from_start: bool = False) -> EventReader:
+        """A reader that starts at the present, or at the oldest event still kept."""
+        start = self._next_seq - len(self._ring) if from_start else self._next_seq
+        return EventReader(self, start)
+
+    def since(self, seq: int) -> list[Event]:
+        """The kept events with a sequence number of at least `seq`, in order."""
+        count = min(self._next_seq - seq, len(self._ring))
+        newest_first = list(islice(reversed(self._ring), max(count, 0)))
+        return newest_first[::-1]
+
+    @property
+    def oldest(self) -> int:
+        """Sequence number of the oldest event kept."""
+        return self._next_seq - len(self._ring)
+
+    def _append(self, event: Event) -> None:
+        self._ring.append(event)
+        self._next_seq += 1
+
+
+class EventReader:
+    """One reader's place in the stream. `dropped` counts what it was too slow to see."""
+
+    def __init__(self, bus: EventBus, start: int) -> None:
+        self._bus, self._next, self.dropped = bus, start, 0
+
+    def poll(self) -> list[Event]:
+        """Everything new since the last call."""
+        self.dropped += max(self._bus.oldest - self._next, 0)
+        events = self._bus.since(self._next)
+        self._next = self._bus.emitted
+        return events

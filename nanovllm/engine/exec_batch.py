@@ -1,0 +1,112 @@
+"""ExecBatch: exactly what one step runs, as plain arrays; ExecResult: what comes back.
+
+What it is: the seam to the runner. Arrays go in, tokens come out, so a runner can
+sit in another process, be captured, or be simulated. What it knows nothing about:
+Sequence objects after `build`, torch, text.
+
+S sequences, N = sum(query_lens) tokens to compute, M = sequences that sample.
+Row i computes tokens [context_lens[i] - query_lens[i], context_lens[i]) of its sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.engine.sampling_batch import SamplingBatch
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import InvalidRequestError
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ExecBatch:
+    """One step's work. Block tables are padded with block 0, which is never read past context_lens."""
+
+    token_ids: Ints  # [N]
+    positions: Ints  # [N]
+    query_lens: Ints  # [S]
+    context_lens: Ints  # [S]
+    block_tables: Ints  # [S, max_blocks]
+    samples: NDArray[np.bool_]  # [S]
+    sampling: SamplingBatch  # M rows
+
+    @classmethod
+    def build(cls, seqs: list[Sequence]) -> ExecBatch:
+        """The arrays of the scheduled `seqs`."""
+        starts = np.array([s.num_cached_tokens for s in seqs], np.int64)
+        query_lens = np.array([s.num_scheduled_tokens for s in seqs], np.int64)
+        tokens = [s.token_ids[s.num_cached_tokens : s.num_cached_tokens + s.num_scheduled_tokens] for s in seqs]
+        samples = np.array([samples_next(s) for s in seqs], np.bool_)
+        return cls(
+            token_ids=np.fromiter(chain.from_iterable(tokens), np.int64, int(query_lens.sum())),
+            positions=_ranges(starts, query_lens),
+            query_lens=query_lens,
+            context_lens=starts + query_lens,
+            block_tables=_padded([s.block_table for s in seqs]),
+            samples=samples,
+            sampling=SamplingBatch.build([s for s, wanted in zip(seqs, samples, strict=True) if wanted]),
+        )
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for msgpack."""
+        return {f.name: _packed(getattr(self, f.name)) for f in fields(self) if f.name != "sampling"} | {
+            "sampling": {f.name: _packed(getattr(self.sampling, f.name)) for f in fields(self.sampling)}
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> ExecBatch:
+        """The batch that `to_wire` described. Raises InvalidRequestError on anything else."""
+        try:
+            arrays = {f.name: _unpacked(wire[f.name]) for f in fields(cls) if f.name != "sampling"}
+            sampling = {f.name: _unpacked(wire["sampling"][f.name]) for f in fields(SamplingBatch)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidRequestError(f"Malformed batch on the wire: {error}.", param="batch") from error
+        return cls(**arrays, sampling=SamplingBatch(**sampling))
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """The sampled tokens of the M sampling rows, and log-probabilities where a row asked for them.
+
+    `logprobs[i]` is None or a list of (token_id, logprob), the chosen token first, then the top ones.
+    """
+
+    token_ids: Ints  # [M]
+    logprobs: list[list[tuple[int, float]] | None]
+
+
+def samples_next(seq: Sequence) -> bool:
+    """True where this step computes the last known token of a sequence that wants another one."""
+    return seq.num_scheduled_tokens == seq.num_remaining_tokens and not seq.prefill_only
+
+
+def _ranges(starts: Ints, lengths: Ints) -> Ints:
+    """Concatenated ranges [start, start + length)."""
+    offsets = np.repeat(starts - np.concatenate(([0], np.cumsum(lengths)[:-1])), lengths)
+    return np.arange(int(lengths.sum())) + offsets
+
+
+def _padded(rows: list[list[int]]) -> Ints:
+    width = max(map(len, rows))
+    out = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def _packed(array: NDArray[Any]) -> dict[str, Any]:
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
+
+
+def _unpacked(wire: dict[str, Any]) -> NDArray[Any]:
+    dtype = np.dtype(wire["dtype"])
+    if dtype.kind not in "iufb":
+        raise ValueError(f"dtype {dtype} is not plain numbers")
+    return np.frombuffer(wire["data"], dtype).reshape(wire["shape"])
+

@@ -1,0 +1,281 @@
+"""Scheduler: who runs in the next step, and how many tokens each.
+
+What it is: the queues and the rules that keep every policy correct. What it knows
+nothing about: torch, text, the clock's kind, where KV lies. Its batch unpacks to
+`(seqs, is_prefill)` as the course prints it.
+
+Invariants: a sequence is in exactly one of waiting, loading, running until it ends;
+a running sequence's blocks cover its known tokens when it is scheduled; the tokens
+of a step stay within the budget; whoever is preempted keeps its tokens and its rank.
+A decode costs one token of the budget; a prefill is cut into chunks to fit it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from nanovllm.core.clock import Clock
+from nanovllm.core.events import EventBus
+from nanovllm.engine.kv_state import KVState, TransferReport
+from nanovllm.engine.policy import SchedulingPolicy
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+PREEMPTION_RESERVE = 4  # each preemption makes a sequence ask for this many times more room before it returns
+
+FinishCheck = Callable[[Sequence, int], str | None]
+
+
+@dataclass
+class ScheduledBatch:
+    """The sequences one step runs; each carries its `num_scheduled_tokens`."""
+
+    seqs: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @property
+    def is_prefill(self) -> bool:
+        """True if any sequence computes more than its last token; our own code never reads it."""
+        return any(seq.num_scheduled_tokens > 1 for seq in self.seqs)
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        """Take `seq` in with the next `num_tokens` of its known tokens."""
+        seq.num_scheduled_tokens = num_tokens
+        self.seqs.append(seq)
+        self.num_tokens += num_tokens
+
+    def __iter__(self) -> Iterator[object]:
+        return iter((self.seqs, self.is_prefill))
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+
+class Scheduler:
+    """Continuous batching over `KVState`, ranked by a `SchedulingPolicy`."""
+
+    def __init__(self, policy: SchedulingPolicy, kv: KVState, clock: Clock, events: EventBus,
+                 *, block_size: int, watermark_blocks: int = 0) -> None:  # fmt: skip
+        self.policy, self.kv, self.clock, self.events = policy, kv, clock, events
+        self.block_size, self.watermark_blocks = block_size, watermark_blocks
+        self.waiting: list[Sequence] = []  # in rank order
+        self.loading: dict[Sequence, tuple[int, int]] = {}  # seq -> (generation, since_ns)
+        self.running: list[Sequence] = []  # in rank order
+        self.num_preemptions = 0
+        self._generation = 0
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence."""
+        insort(self.waiting, seq, key=self.policy.queue_key)
+        self._emit(seq, "queued")
+
+    def is_finished(self) -> bool:
+        """True when nobody waits, loads or runs."""
+        return not (self.waiting or self.loading or self.running)
+
+    def live(self) -> list[Sequence]:
+        """Every sequence that has not ended."""
+        return [*self.running, *self.loading, *self.waiting]
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next batch: decodes first, then chunks beside them, then new sequences."""
+        # BEGIN SOLUTION schedule
+        now_ns, batch = self.clock.now_ns(), ScheduledBatch()
+        if self.policy.mode == "separate":
+            self._schedule_prefills(batch, now_ns)
+            if not batch.seqs:
+                self._schedule_decodes(batch)
+        else:
+            self._schedule_decodes(batch)
+            self._schedule_prefills(batch, now_ns)
+        return batch
+        # END SOLUTION
+
+    def postprocess(self, seqs: Seq[Sequence], token_ids: Seq[int | None], is_prefill: bool | None = None, *,
+                    finish_check: FinishCheck) -> list[Sequence]:  # fmt: skip
+        """Append what was sampled and end what is complete; returns the sequences that ended.
+
+        `token_ids[i]` is None where sequence i has prompt tokens left. `is_prefill` is the course's
+        third argument; the counters say the same per sequence, so it is not read.
+        """
+        # BEGIN SOLUTION postprocess
+        ended = []
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            seq.num_scheduled_tokens = 0
+            if token_id is not None:
+                seq.append_token(token_id)
+                seq.finish_reason = finish_check(seq, token_id)
+            elif seq.prefill_only and seq.num_remaining_tokens == 0:
+                seq.finish_reason = "prefilled"
+            if seq.finish_reason is not None:
+                self.end(seq, SequenceStatus.FINISHED)
+                ended.append(seq)
+        return ended
+        # END SOLUTION
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take the blocks from a running sequence; it keeps its tokens and recomputes their KV later."""
+        # BEGIN SOLUTION preempt
+        self.running.remove(seq)
+        self.kv.release(seq)
+        seq.move_to(SequenceStatus.WAITING)
+        seq.num_scheduled_tokens = 0
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        seq.timeline.preempted_ns.append(self.clock.now_ns())
+        insort(self.waiting, seq, key=self.policy.queue_key)
+        self._emit(seq, "preempted")
+        # END SOLUTION
+
+    def end(self, seq: Sequence, status: SequenceStatus) -> None:
+        """Bring a sequence to its end, from wherever it is, and give its blocks back."""
+        if seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        elif seq.status is SequenceStatus.WAITING_FOR_STATE:
+            del self.loading[seq]
+        elif seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        self.kv.release(seq)
+        seq.move_to(status)
+        seq.timeline.released_ns = self.clock.now_ns()
+
+    def promote(self, seq: Sequence) -> None:
+        """A prefill-only sequence becomes an ordinary one that will decode."""
+        queue = self.waiting if seq in self.waiting else self.running if seq in self.running else None
+        if queue is not None:
+            queue.remove(seq)
+        seq.prefill_only = False
+        if queue is not None:
+            insort(queue, seq, key=self.policy.queue_key)
+
+    # -- state that arrives ------------------------------------------------------------------------
+
+    def apply_transfers(self, reports: list[TransferReport]) -> None:
+        """Let sequences whose load ended run, or compute where it failed. Late reports are ignored."""
+        for report in reports:
+            seq = report.seq
+            if seq not in self.loading or self.loading[seq][0] != report.generation:
+                continue
+            _, since_ns = self.loading.pop(seq)
+            seq.timeline.state_wait_ns += self.clock.now_ns() - since_ns
+            if report.ok:
+                seq.num_cached_tokens += report.num_tokens
+                self._count_hits(seq, seq.num_cached_tokens)
+                self._start(seq)
+            else:
+                self.kv.release(seq)
+                seq.skip_external_state = True
+                seq.move_to(SequenceStatus.WAITING)
+                insort(self.waiting, seq, key=self.policy.queue_key)
+
+    # -- the passes --------------------------------------------------------------------------------
+
+    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
+        """One token for each decoding sequence, best rank first; the worst ranks give way when blocks run out."""
+        for seq in [s for s in self.running if not s.is_prefilling]:
+            if len(batch) >= self.policy.max_num_seqs or batch.num_tokens >= self.policy.max_num_batched_tokens:
+                break
+            if seq.status is SequenceStatus.RUNNING and self._make_room(seq, batch):
+                batch.add(seq, 1)
+
+    def _make_room(self, seq: Sequence, batch: ScheduledBatch) -> bool:
+        """Grow `seq`, preempting who ranks last and is not in the batch; False where that is `seq` itself."""
+        while not self.kv.grow(seq):
+            victim = self.policy.victim([s for s in self.running if s.num_scheduled_tokens == 0])
+            self.preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _schedule_prefills(self, batch: ScheduledBatch, now_ns: int) -> None:
+        for seq in [s for s in self.running if s.is_prefilling and not s.prefill_only]:
+            self._schedule_chunk(seq, batch, now_ns)
+        if self.policy.prefill_during_decode or not any(not s.is_prefilling for s in self.running):
+            self._admit(batch, now_ns)
+        for seq in [s for s in self.running if s.prefill_only and s.num_scheduled_tokens == 0]:
+            self._schedule_chunk(seq, batch, now_ns)
+
+    def _schedule_chunk(self, seq: Sequence, batch: ScheduledBatch, now_ns: int) -> None:
+        room = self.policy.max_num_batched_tokens - batch.num_tokens
+        chunk = min(seq.num_remaining_tokens, room, self.policy.max_prefill_chunk or room)
+        if chunk > 0 and len(batch) < self.policy.max_num_seqs:
+            batch.add(seq, chunk)
+            if seq.timeline.scheduled_ns is None:
+                seq.timeline.scheduled_ns = now_ns
+
+    def _admit(self, batch: ScheduledBatch, now_ns: int) -> None:
+        """Take waiting sequences in rank order until one does not fit.
+
+        One whose prefix somebody computes right now is passed over: it will find that prefix published.
+        """
+        limit = self.policy.max_new_requests_per_step or len(self.waiting)
+        for seq in list(self.waiting):
+            if limit == 0 or not self._has_budget(seq, batch):
+                break
+            match = self.kv.match(seq)
+            seq.num_potential_hit_tokens = match.num_potential_tokens
+            if match.producer is not None:
+                continue
+            if not self._make_room_to_enter(seq):
+                break
+            self._bind(seq, match.num_hit_tokens, batch, now_ns)
+            limit -= 1
+
+    def _make_room_to_enter(self, seq: Sequence) -> bool:
+        """Whether `seq` may be admitted; requests that only prefill give their blocks up for it."""
+        while not self.kv.has_room(seq, self._headroom(seq)):
+            yielding = [s for s in self.running if s.prefill_only and s.num_scheduled_tokens == 0]
+            if seq.prefill_only or not yielding:
+                return False
+            self.preempt(self.policy.victim(yielding))
+        return True
+
+    def _has_budget(self, seq: Sequence, batch: ScheduledBatch) -> bool:
+        held = sum(seq.prefill_only or not other.prefill_only for other in [*self.running, *self.loading])
+        free_tokens = self.policy.max_num_batched_tokens - batch.num_tokens
+        return held < self.policy.max_num_seqs and len(batch) < self.policy.max_num_seqs and free_tokens > 0
+
+    def _bind(self, seq: Sequence, num_hit_tokens: int, batch: ScheduledBatch, now_ns: int) -> None:
+        self.waiting.remove(seq)
+        binding = self.kv.bind(seq)
+        self._count_hits(seq, num_hit_tokens)
+        if binding.is_loading:
+            self._generation += 1
+            self.loading[seq] = (self._generation, now_ns)
+            seq.move_to(SequenceStatus.WAITING_FOR_STATE)
+            self._emit(seq, "loading")
+            return
+        self._start(seq)
+        if not seq.prefill_only:
+            self._schedule_chunk(seq, batch, now_ns)
+
+    def _start(self, seq: Sequence) -> None:
+        seq.move_to(SequenceStatus.RUNNING)
+        insort(self.running, seq, key=self.policy.queue_key)
+        self._emit(seq, "scheduled")
+
+    def _count_hits(self, seq: Sequence, num_hit_tokens: int) -> None:
+        if seq.num_preemptions == 0:
+            seq.num_hit_tokens = num_hit_tokens
+
+    def _headroom(self, seq: Sequence) -> int:
+        """Blocks to leave free when `seq` enters: one per running sequence to grow into, and the watermark.
+
+        A sequence that was preempted asks for room to grow that multiplies with each preemption,
+        so that two sequences cannot throw each other out for ever. With nobody running it asks
+        for nothing: whatever was admitted at intake can run alone.
+        """
+        if not self.running and not self.loading:
+            return 0
+        reserve = 0
+        if seq.num_preemptions:
+            wanted = self.block_size * PREEMPTION_RESERVE**seq.num_preemptions
+            reserve = -(-min(wanted, seq.max_remaining_tokens) // self.block_size)
+        return self.watermark_blocks + len(self.running) + len(self.loading) + reserve
+
+    def _emit(self, seq: Sequence, stage: str) -> None:
+        self.events.request(seq.request_id, stage, seq.num_preemptions, seq.num_prompt_tokens, seq.num_completion_tokens)

@@ -75,12 +75,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         """Evaluate `left operator right` unless the result could exceed the output cap."""
         if operator == "**" or (operator == "%" and isinstance(left, str)):
             raise jinja2.TemplateError(f"the operator {operator} is not available in chat templates")
-        if operator == "*":
-            for sequence, count in ((left, right), (right, left)):
-                if isinstance(sequence, str | list | tuple) and isinstance(count, int):
-                    if len(sequence) * count > MAX_OUTPUT_CHARS:
-                        raise jinja2.TemplateError("a repeated value is too long")
+        if operator == "*" and _repeated_length(left, right) > MAX_OUTPUT_CHARS:
+            raise jinja2.TemplateError("a repeated value is too long")
         return super().call_binop(context, operator, left, right)
+
+
+def _repeated_length(left: Any, right: Any) -> int:
+    """Length of `left * right` if that repeats a sequence, else 0."""
+    if isinstance(left, int):
+        left, right = right, left
+    return len(left) * right if isinstance(left, str | list | tuple) and isinstance(right, int) else 0
 
 
 class _Generation(Extension):
@@ -109,7 +113,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON without the HTML escapes of Jinja's own filter; models were trained without them."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

@@ -40,18 +40,22 @@ def parse(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str,
     theta, scaling = _rope(fields, positions)
     if scaling and scaling.kind == "yarn":  # published with the unextended length; the extension is the point
         positions = max(positions, int(scaling.original_max_position * scaling.factor))
-    return dimensions | {
-        "architecture": architecture,
-        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6, high=1.0),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": positions,
-        "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
-        "attention_bias": architecture == "qwen2",
-        "qk_norm": architecture == "qwen3",
-        "sliding_window": _sliding_window(fields, model_type, dimensions["num_layers"]),
-        "torch_dtype": _dtype(fields),
-    } | _token_ids(fields, Fields(generation, "generation_config.json"))
+    return (
+        dimensions
+        | {
+            "architecture": architecture,
+            "rms_norm_eps": fields.number("rms_norm_eps", 1e-6, high=1.0),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "max_position_embeddings": positions,
+            "tie_word_embeddings": fields.boolean("tie_word_embeddings", False),
+            "attention_bias": architecture == "qwen2",
+            "qk_norm": architecture == "qwen3",
+            "sliding_window": _sliding_window(fields, model_type, dimensions["num_layers"]),
+            "torch_dtype": _dtype(fields),
+        }
+        | _token_ids(fields, Fields(generation, "generation_config.json"))
+    )
 
 
 def _dimensions(fields: Fields, model_type: str) -> dict[str, int]:

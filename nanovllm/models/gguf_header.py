@@ -124,7 +124,9 @@ class _Cursor:
         count = self.count(_SMALLEST_ITEM.get(kind, 1), "array items")
         self.items_left -= count
         if depth > MAX_NESTING or self.items_left < 0:
-            raise self.bad(f"its arrays are nested deeper than {MAX_NESTING} or longer than {MAX_ARRAY_ITEMS}")
+            raise self.bad(
+                f"its arrays are nested deeper than {MAX_NESTING} or longer than {MAX_ARRAY_ITEMS}"
+            )
         if kind in _SMALLEST_ITEM:
             return [self.value(kind, depth) for _ in range(count)]
         return self._numbers(kind, count)
@@ -143,8 +145,9 @@ def _preamble(cursor: _Cursor) -> tuple[int, int]:
     version = cursor.unsigned(4)
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
+        what = "big-endian" if swapped else f"of version {version}"
         raise UnsupportedModelError(
-            f"The GGUF file is {'big-endian' if swapped else f'of version {version}'}, which is not implemented.",
+            f"The GGUF file is {what}, which is not implemented.",
             hint=f"Convert it to a little-endian file of version {_VERSIONS[-1]}.",
         )
     return cursor.count(32, "tensors"), cursor.count(13, "keys")
@@ -160,7 +163,9 @@ def _record(cursor: _Cursor) -> TensorInfo:
         raise cursor.bad(f"tensor {name[:80]!r} has dimensions {dims}")
     number, offset = cursor.unsigned(4), cursor.unsigned(8)
     if number not in set(GGMLQuantizationType):
-        raise UnsupportedModelError(f"Tensor {name[:80]!r} has the unknown type {number}.", hint="Update or convert.")
+        raise UnsupportedModelError(
+            f"Tensor {name[:80]!r} has the unknown type {number}.", hint="Update or convert."
+        )
     kind = GGMLQuantizationType(number)
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     if dims[0] % per_block:

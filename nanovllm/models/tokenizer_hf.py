@@ -17,7 +17,15 @@ from nanovllm.errors import ModelFileError
 from nanovllm.models.chat_template import MAX_TEMPLATE_CHARS
 from nanovllm.models.json_file import MAX_JSON_BYTES, read_json
 
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_TEMPLATE_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -81,4 +89,6 @@ def _template_text(file: Path) -> str:
 
 
 def _bad(file: Path, problem: str) -> ModelFileError:
-    return ModelFileError(f"{file.name} is not usable: {problem}.", param=str(file), hint="Download it again.")
+    return ModelFileError(
+        f"{file.name} is not usable: {problem}.", param=str(file), hint="Download it again."
+    )

@@ -105,16 +105,17 @@ def check_weights(source: WeightSource, config: ModelConfig) -> None:
     for name, shape in expected.items():
         if name not in present:
             raise missing_tensor(name)
-        if source.shape(name) != shape:
+        found = source.shape(name)
+        if found != shape:
             raise ModelFileError(
-                f"Tensor {name!r} has shape {list(source.shape(name))}, but the configuration asks for {list(shape)}.",
+                f"Tensor {name!r} has shape {list(found)}, but the configuration asks for {list(shape)}.",
                 param=name,
                 hint="Configuration and weights belong to different models; download both again.",
             )
     for name in sorted(present - expected.keys()):
         if name != "lm_head.weight" and not name.endswith(_IGNORED_SUFFIXES):
             raise UnsupportedModelError(
-                f"The model has a tensor {name!r} that architecture {config.architecture!r} does not use here.",
+                f"The model has a tensor {name!r}, which {config.architecture!r} here does not use.",
                 param=name,
                 hint="It is a variant that is not implemented.",
             )
@@ -123,7 +124,9 @@ def check_weights(source: WeightSource, config: ModelConfig) -> None:
 def missing_tensor(name: str) -> ModelFileError:
     """The error for a tensor that no file holds."""
     return ModelFileError(
-        f"The weights lack the tensor {name!r}.", param=name, hint="The download is incomplete; fetch it again."
+        f"The weights lack the tensor {name!r}.",
+        param=name,
+        hint="The download is incomplete; fetch it again.",
     )
 
 

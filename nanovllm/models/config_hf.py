@@ -101,7 +101,8 @@ def _sliding_window(fields: Fields, model_type: str, num_layers: int) -> int | N
     if layer_types is None:
         full_layers = 0 if model_type == "mistral" else fields.integer("max_window_layers", 28, low=0)
         layer_types = ["full_attention"] * full_layers + ["sliding_attention"] * num_layers
-    kinds = set(layer_types[:num_layers]) if isinstance(layer_types, list) else {str(layer_types)}
+    listed = layer_types[:num_layers] if isinstance(layer_types, list) else [layer_types]
+    kinds = {str(kind) for kind in listed}
     if kinds == {"full_attention"}:
         return None
     if kinds != {"sliding_attention"}:

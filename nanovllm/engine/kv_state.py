@@ -49,6 +49,11 @@ class TransferReport:
 class KVState(Protocol):
     """What the scheduler and the engine ask of state."""
 
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        ...
+
     def match(self, seq: Sequence) -> Match:
         """Look the prefix up. No side effects."""
         ...
@@ -84,6 +89,11 @@ class DeviceState:
     def __init__(self, block_manager: BlockManager) -> None:
         self.block_manager = block_manager
         self._producers: dict[Digest, Sequence] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Cached free blocks included."""
+        return len(self.block_manager.free_block_ids)
 
     def match(self, seq: Sequence) -> Match:
         """Hits on the device, or in observe mode what they would have been."""

@@ -1,0 +1,98 @@
+"""From an `EngineConfig` to a running engine: the one place that puts real parts together.
+
+What it is: loading, sizing, wiring. What it knows nothing about: requests. What it
+decides (dtype, pool size, max_model_len) it logs with its arithmetic.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+import psutil
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.core.clock import MonotonicClock
+from nanovllm.core.events import EventBus
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.device_tier import DeviceTier, PoolSize, size_pool
+from nanovllm.engine.intake import Intake
+from nanovllm.engine.kv_state import DeviceState
+from nanovllm.engine.llm_engine import EngineParts, LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.policy import SchedulingPolicy
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import OutOfMemoryError
+from nanovllm.kernels.selection import choose_device, choose_dtype, choose_kernels, set_threads
+from nanovllm.models.loading import LoadedModel, load_model_files
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.registry import ARCHITECTURES
+
+logger = logging.getLogger("nanovllm")
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
+    """Load the model and assemble its engine. Raises the errors of models, config and memory."""
+    set_threads(config.num_threads)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    loaded = load_model_files(config.model, progress=progress, seed=config.seed)
+    fingerprint = loaded.weights.fingerprint()
+    runner, size = _build_runner(config, loaded, device, dtype)
+    max_model_len = _max_model_len(config, loaded.config, size)
+    clock = MonotonicClock()
+    events = EventBus(clock, config.event_capacity)
+    kv = DeviceState(BlockManager(size.num_blocks, config.block_size, config.prefix_mode, events=events))
+    scheduler = Scheduler(SchedulingPolicy.from_config(config), kv, clock, events, block_size=config.block_size,
+                          watermark_blocks=int(config.watermark * size.num_blocks))  # fmt: skip
+    identity: dict[str, object] = {"weights": fingerprint, "dtype": str(dtype), "model": asdict(loaded.config)}
+    return LLMEngine(
+        EngineParts(
+            runner=runner, scheduler=scheduler, tokenizer=loaded.tokenizer, clock=clock, events=events,
+            intake=Intake(loaded.tokenizer, loaded.config.vocab_size, max_model_len), seed=config.seed,
+            eos_token_ids=loaded.config.eos_token_ids, identity=identity, device_tier=runner.tier,
+        )  # fmt: skip
+    )
+
+
+def _build_runner(config: EngineConfig, loaded: LoadedModel, device: torch.device,
+                  dtype: torch.dtype) -> tuple[ModelRunner, PoolSize]:  # fmt: skip
+    try:
+        _check_memory(loaded.config, dtype, device)
+        kernels = choose_kernels(config.kernels, device)
+        with torch.inference_mode():
+            model = ARCHITECTURES[loaded.config.architecture](loaded.config, loaded.weights, kernels, dtype, device)
+    finally:
+        loaded.weights.close()
+    useful = config.max_num_seqs * min(config.max_model_len or 2**62, loaded.config.max_position_embeddings)
+    size = size_pool(loaded.config, config.block_size, dtype.itemsize, budget_bytes=config.kv_memory_bytes,
+                     num_blocks=config.num_blocks, free_bytes=free_memory(device, config.gpu_memory_utilization),
+                     useful_tokens=useful)  # fmt: skip
+    logger.info("%s", size)
+    return ModelRunner(model, DeviceTier(size, dtype, device), device), size
+
+
+def free_memory(device: torch.device, gpu_share: float = 1.0) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, free - int(total * (1 - gpu_share)))
+    return psutil.virtual_memory().available
+
+
+def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    need, free = config.parameter_count() * dtype.itemsize, free_memory(device)
+    if need > free:
+        raise OutOfMemoryError(f"The weights need {need:,} bytes as {dtype}; {free:,} are free.", param="model",
+                               hint="Use dtype='bfloat16', a smaller model, or a machine with more memory.")  # fmt: skip
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, size: PoolSize) -> int:
+    """The longest request: what was asked for, lowered to what the model and an otherwise empty pool can hold."""
+    wanted = config.max_model_len or model.max_position_embeddings
+    limit = min(wanted, model.max_position_embeddings, size.num_blocks * config.block_size)
+    if limit < wanted:
+        logger.warning("max_model_len is lowered from %d to %d tokens: the model reaches %d, the KV pool holds %d.",
+                       wanted, limit, model.max_position_embeddings, size.num_blocks * config.block_size)  # fmt: skip
+    return limit

@@ -1,0 +1,78 @@
+"""Intake: what a caller hands in becomes token ids, or an error that says what is wrong.
+
+What it is: stage one and two of a request's life, validation and tokenizing. What it
+knows nothing about: queues, blocks. Invariant: what passes can run alone to its end:
+its prompt and at least one token fit into the model and the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.segments import Segment, SegmentSpan
+from nanovllm.errors import ContextLengthError, InvalidRequestError
+
+Prompt = str | Seq[int] | Seq[Segment]
+
+
+class PromptEncoder(Protocol):
+    """The part of a tokenizer this module needs."""
+
+    def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Intake:
+    """Checks and tokenizes for one engine."""
+
+    tokenizer: PromptEncoder
+    vocab_size: int
+    max_model_len: int
+
+    def tokenize(self, prompt: Prompt) -> tuple[list[int], tuple[SegmentSpan, ...]]:
+        """Token ids, and where the named segments lie if the prompt has any. Raises InvalidRequestError."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt), ()
+        if not isinstance(prompt, Seq) or isinstance(prompt, bytes):
+            raise InvalidRequestError("A prompt is a string, a list of token ids or a list of Segment.", param="prompt",
+                                      hint=f"This one is {type(prompt).__name__}.")  # fmt: skip
+        if prompt and all(isinstance(part, Segment) for part in prompt):
+            return self._join([part for part in prompt if isinstance(part, Segment)])
+        return self._checked_ids(prompt), ()
+
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        """Raise where the request can never be served: empty, too long, or naming tokens that do not exist."""
+        if not token_ids:
+            raise InvalidRequestError("The prompt is empty.", param="prompt", hint="Give at least one token.")
+        if len(token_ids) >= self.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(token_ids)} tokens; at most {self.max_model_len - 1} fit beside one token of output.",
+                param="prompt", hint="Shorten the prompt, or raise max_model_len or kv_memory.",
+            )  # fmt: skip
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            if any(token_id >= self.vocab_size for token_id in ids):
+                raise InvalidRequestError(f"{name} names a token outside the vocabulary of {self.vocab_size}.", param=name)
+
+    def _join(self, segments: list[Segment]) -> tuple[list[int], tuple[SegmentSpan, ...]]:
+        token_ids: list[int] = []
+        spans = []
+        for segment in segments:
+            start = len(token_ids)
+            if isinstance(segment.content, str):
+                token_ids += self.tokenizer.encode(segment.content, add_bos=start == 0)
+            else:
+                token_ids += self._checked_ids(segment.content)
+            spans.append(SegmentSpan(segment.name, start, len(token_ids)))
+        return token_ids, tuple(spans)
+
+    def _checked_ids(self, ids: Seq[object]) -> list[int]:
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                raise InvalidRequestError(f"{token_id!r} is no token id of this model: they run from 0 to "
+                                          f"{self.vocab_size - 1}.", param="prompt")  # fmt: skip
+        return [int(token_id) for token_id in ids if isinstance(token_id, int)]

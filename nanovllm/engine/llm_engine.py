@@ -1,0 +1,314 @@
+"""LLMEngine: the page everybody reads first. A request enters in `add_request`; `step` moves all of them.
+
+What it is: the request path, top to bottom, each stage one line. What it knows
+nothing about: how models compute, how blocks are found, who is calling. Invariants:
+every admitted sequence ends in exactly one terminal event; after the last one ended
+nothing is leased. One thread drives an engine; `post` is the only call for others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.core.clock import Clock
+from nanovllm.core.digest import root_digest
+from nanovllm.core.events import EventBus
+from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.timeline import Timeline
+from nanovllm.engine.device_tier import DeviceTier
+from nanovllm.engine.exec_batch import ExecBatch, ExecResult, samples_next
+from nanovllm.engine.intake import Intake, Prompt
+from nanovllm.engine.marks import StepMarks
+from nanovllm.engine.model_runner import Runner
+from nanovllm.engine.outputs import RequestOutput, SequenceOutput, StepOutput
+from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.errors import (
+    EngineClosedError,
+    ExecutionError,
+    InvalidRequestError,
+    NanoVLLMError,
+    OutOfMemoryError,
+    RequestNotFoundError,
+)
+
+
+@dataclass
+class Request:
+    """What the engine keeps of a request: its n sequences and their growing outputs."""
+
+    request_id: str
+    outputs: list[SequenceOutput]
+    template_tokens: int | None = None
+    error: NanoVLLMError | None = None
+
+
+@dataclass
+class EngineParts:
+    """What an engine is made of; `build.build_engine` puts the real ones together."""
+
+    runner: Runner
+    scheduler: Scheduler
+    intake: Intake
+    tokenizer: Any
+    clock: Clock
+    events: EventBus
+    eos_token_ids: tuple[int, ...] = ()
+    identity: dict[str, object] = field(default_factory=dict)
+    seed: int = 0
+    device_tier: DeviceTier | None = None
+    label: str = "measured"
+    close: Callable[[], None] = lambda: None
+
+
+class LLMEngine:
+    """Owns every request from arrival to release."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.parts = parts
+        self.scheduler, self.runner, self.intake = parts.scheduler, parts.runner, parts.intake
+        self.clock, self.events = parts.clock, parts.events
+        self.marks = StepMarks(parts.clock, parts.events)
+        self.requests: dict[str, Request] = {}
+        self._outputs: dict[Sequence, SequenceOutput] = {}
+        self._ended: list[Sequence] = []  # ended since the last emit
+        self._commands: deque[Callable[[], object]] = deque()
+        self._num_requests = self._num_seqs = 0
+        self._is_closed = False
+
+    # -- in ----------------------------------------------------------------------------------------
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *,
+                    request_id: str | None = None, priority: int = 0, namespace: str = "", cache_salt: str = "",
+                    prefill_only: bool = False, template_tokens: int | None = None,
+                    arrival_ns: int | None = None) -> str:  # fmt: skip
+        """Validate, tokenize, build the `Sequence` and queue it; returns its request_id.
+
+        `template_tokens` is what a chat template added to the prompt, kept for display. Raises
+        InvalidRequestError or ContextLengthError; the engine is then as it was before.
+        """
+        # BEGIN SOLUTION add_request
+        arrival_ns = self.clock.now_ns() if arrival_ns is None else arrival_ns
+        request_id, params = self._identify(request_id), sampling_params or SamplingParams()
+        self.events.request(request_id, "entered", 0, 0, 0, ts_ns=arrival_ns)
+        try:
+            token_ids, spans = self.intake.tokenize(prompt)
+            self.intake.check(token_ids, params)
+        except NanoVLLMError:
+            self.events.request(request_id, "rejected", 0, 0, 0)
+            raise
+        seqs = [self._build(token_ids, params, request_id, index, arrival_ns) for index in range(params.n)]
+        for seq in seqs:
+            seq.priority, seq.namespace, seq.prefill_only, seq.segments = priority, namespace, prefill_only, spans
+            seq.root_digest = root_digest({**self.parts.identity, "namespace": namespace, "salt": cache_salt})
+        self._enqueue(request_id, seqs, template_tokens)
+        return request_id
+        # END SOLUTION
+
+    def resume(self, state: dict[str, Any], *, cache_salt: str = "") -> str:
+        """Go on with a sequence that another engine started: `state` is its resume view. Returns its request_id."""
+        seq = Sequence.__new__(Sequence)
+        seq.__setstate__(state)
+        self.intake.check(seq.token_ids, seq.sampling_params)
+        if seq.block_size != self.scheduler.block_size:
+            raise InvalidRequestError("The sequence comes from an engine with another block_size.", param="block_size")
+        request_id = self._identify(seq.request_id)
+        self._adopt(seq, self.clock.now_ns())
+        seq.root_digest = root_digest({**self.parts.identity, "namespace": seq.namespace, "salt": cache_salt})
+        self._enqueue(request_id, [seq], None)
+        return request_id
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now and give its blocks back; False if it is unknown or has ended. Safe to repeat."""
+        request = self.requests.get(request_id)
+        live = [out.seq for out in request.outputs if not out.seq.is_finished] if request else []
+        for seq in live:
+            self._end(seq, SequenceStatus.ABORTED, "abort")
+        return bool(live)
+
+    def promote(self, request_id: str) -> None:
+        """Let a prefill-only request go on to decode. Raises RequestNotFoundError once it has ended."""
+        if request_id not in self.requests:
+            raise RequestNotFoundError(f"There is no live request {request_id!r}.", param="request_id")
+        for out in self.requests[request_id].outputs:
+            self.scheduler.promote(out.seq)
+
+    def post(self, command: Callable[[], object]) -> None:
+        """Have `command` called between two steps; may be called from any thread."""
+        self._commands.append(command)
+
+    def is_finished(self) -> bool:
+        """True when no request is live and nothing waits to be handed over."""
+        return self.scheduler.is_finished() and not self._ended and not self._commands
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """One turn of the engine: every running sequence gets its next token, or its next chunk of prefill."""
+        # BEGIN SOLUTION step
+        self._apply_commands_and_transfers()
+        batch = self.scheduler.schedule()  # match, admit, bind
+        if not batch:
+            return self._emit_idle()
+        result = self._run(batch)  # forward and sample
+        if result is not None:
+            token_ids = self._tokens_by_sequence(batch, result)
+            self._commit(batch)  # publish full blocks
+            self._ended += self.scheduler.postprocess(batch.seqs, token_ids, finish_check=self._finish_check)
+        return self._emit(batch.seqs)
+        # END SOLUTION
+
+    def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[RequestOutput]:
+        """Inject a batch of requests and step until each of them has ended; outputs in the order of `prompts`."""
+        ids = [self.add_request(p, s) for p, s in zip(prompts, sampling_params, strict=True)]
+        done: dict[str, RequestOutput] = {}
+        while len(done) < len(ids):
+            done |= {out.request_id: out.final for out in self.step() if out.final and out.request_id in ids}
+        return [done[request_id] for request_id in ids]
+
+    def flush(self) -> list[StepOutput]:
+        """Hand over what ended outside a step, such as aborts."""
+        return self._emit([])
+
+    def close(self) -> None:
+        """Abort what lives and release model and pool; a second call does nothing."""
+        if not self._is_closed:
+            for request_id in list(self.requests):
+                self.abort(request_id)
+            self._is_closed = True
+            self.parts.close()
+
+    # -- the steps of a step -----------------------------------------------------------------------
+
+    def _apply_commands_and_transfers(self) -> None:
+        if self._is_closed:
+            raise EngineClosedError("The engine is closed.", hint="Make a new LLM.")
+        while self._commands:
+            self._commands.popleft()()
+        self.scheduler.apply_transfers(self.scheduler.kv.poll())
+
+    def _run(self, batch: ScheduledBatch) -> ExecResult | None:
+        """Execute the batch. Where that fails, its sequences fail, and the engine goes on with the others."""
+        self.marks.launch(batch, self.scheduler)
+        try:
+            result = self.runner.collect(self.runner.launch(ExecBatch.build(batch.seqs)))
+        except Exception as error:
+            failure = ExecutionError(f"The step failed: {type(error).__name__}: {error}.")
+            failure.__cause__ = error
+            for seq in batch.seqs:
+                self.requests[seq.request_id].error = failure
+                self._end(seq, SequenceStatus.FAILED, "error")
+            return None
+        self.marks.collected(batch)
+        return result
+
+    def _tokens_by_sequence(self, batch: ScheduledBatch, result: ExecResult) -> list[int | None]:
+        """One sampled token per sequence, None for those with prompt tokens left; their log-probabilities are kept."""
+        rows = iter(zip(result.token_ids.tolist(), result.logprobs, strict=True))
+        tokens: list[int | None] = []
+        for seq in batch.seqs:
+            token_id, logprobs = next(rows) if samples_next(seq) else (None, None)
+            if logprobs is not None:
+                self._outputs[seq].add_logprobs(logprobs)
+            tokens.append(token_id)
+        return tokens
+
+    def _commit(self, batch: ScheduledBatch) -> None:
+        for seq in batch.seqs:
+            self.scheduler.kv.commit(seq)
+
+    def _finish_check(self, seq: Sequence, token_id: int) -> str | None:
+        return self._outputs[seq].finish_check(token_id)
+
+    def _emit(self, seqs: list[Sequence]) -> list[StepOutput]:
+        """Hand over what is new of the sequences that ran, and of those that ended beside them."""
+        ended, self._ended = self._ended, []
+        outputs = []
+        for seq in [*(s for s in seqs if s not in ended), *ended]:
+            output = self._outputs[seq]
+            if seq in ended:
+                self._finish(seq, output)
+            tokens, text, logprobs = output.take()
+            if tokens:
+                self.marks.handed_over(seq)
+            if tokens or seq.is_finished:
+                final = self._final(seq)
+                outputs.append(StepOutput(seq.request_id, seq.index, tokens, text, seq.finish_reason, logprobs, final))
+        return outputs
+
+    def _emit_idle(self) -> list[StepOutput]:
+        """Nothing could run: hand over what ended meanwhile; a head that nobody will ever make room for fails."""
+        scheduler = self.scheduler
+        if scheduler.waiting and not scheduler.running and not scheduler.loading:
+            seq = scheduler.waiting[0]
+            self.requests[seq.request_id].error = OutOfMemoryError("Pinned state leaves no room for the request.")
+            self._end(seq, SequenceStatus.FAILED, "error")
+        return self._emit([])
+
+    # -- bookkeeping -------------------------------------------------------------------------------
+
+    def _identify(self, request_id: str | None) -> str:
+        if self._is_closed:
+            raise EngineClosedError("The engine is closed.", hint="Make a new LLM.")
+        if request_id is None:
+            self._num_requests += 1
+            return f"req-{self._num_requests}"
+        if request_id in self.requests:
+            raise InvalidRequestError(f"request_id {request_id!r} is in use.", param="request_id")
+        return request_id
+
+    def _build(self, token_ids: list[int], params: SamplingParams, request_id: str, index: int,
+               arrival_ns: int) -> Sequence:  # fmt: skip
+        seed = params.seed if params.seed is not None else self.parts.seed + (self._num_seqs << 8)
+        seq = Sequence(token_ids, params, self.scheduler.block_size, request_id, index=index,
+                       seed=(seed + index) % 2**64)  # fmt: skip
+        self._adopt(seq, arrival_ns)
+        return seq
+
+    def _adopt(self, seq: Sequence, arrival_ns: int) -> None:
+        """Give a sequence what belongs to this engine rather than to the request."""
+        self._num_seqs += 1
+        params = seq.sampling_params
+        limit = self.intake.max_model_len
+        seq.seq_id = self._num_seqs
+        seq.max_total_tokens = min(seq.num_prompt_tokens + (params.max_tokens or limit), limit)
+        seq.eos_token_ids = () if params.ignore_eos else self.parts.eos_token_ids
+        seq.timeline = Timeline(arrival_ns, label=self.parts.label)
+
+    def _enqueue(self, request_id: str, seqs: list[Sequence], template_tokens: int | None) -> None:
+        outputs = [SequenceOutput(seq, self.parts.tokenizer) for seq in seqs]
+        self.requests[request_id] = Request(request_id, outputs, template_tokens)
+        for seq, output in zip(seqs, outputs, strict=True):
+            self._outputs[seq] = output
+            seq.timeline.queued_ns = self.clock.now_ns()
+            self.scheduler.add(seq)
+
+    def _end(self, seq: Sequence, status: SequenceStatus, reason: str) -> None:
+        self.scheduler.end(seq, status)
+        seq.finish_reason = reason
+        self._ended.append(seq)
+
+    def _finish(self, seq: Sequence, output: SequenceOutput) -> None:
+        stages = {SequenceStatus.ABORTED: "aborted", SequenceStatus.FAILED: "failed"}
+        output.finish(seq.finish_reason or "stop")
+        self.marks.ended(seq, stages.get(seq.status, "output_complete"))
+
+    def _final(self, seq: Sequence) -> RequestOutput | None:
+        """The whole request, when `seq` was the last of it to be handed over; the engine forgets it then."""
+        if not seq.is_finished:
+            return None
+        del self._outputs[seq]
+        request = self.requests[seq.request_id]
+        if any(output.seq in self._outputs for output in request.outputs):
+            return None
+        del self.requests[seq.request_id]
+        first = request.outputs[0].seq
+        return RequestOutput(
+            request_id=seq.request_id, prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            cached_tokens=first.num_hit_tokens, potential_cached_tokens=first.num_potential_hit_tokens,
+            template_tokens=request.template_tokens, segments=first.segments,
+            completions=[output.completion for output in request.outputs], error=request.error,
+        )  # fmt: skip

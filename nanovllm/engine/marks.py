@@ -1,0 +1,69 @@
+"""Marks: what a step did, told to the timelines and to the event bus.
+
+What it is: the one place where the request's life is written down while it happens.
+What it knows nothing about: who reads it. Timelines are kept here synchronously;
+the bus gets the same moments and may drop them.
+"""
+
+from __future__ import annotations
+
+from nanovllm.core.clock import Clock
+from nanovllm.core.events import EventBus
+from nanovllm.core.timeline import Run
+from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.sequence import Sequence
+
+
+class StepMarks:
+    """Writes one engine's steps down."""
+
+    def __init__(self, clock: Clock, events: EventBus) -> None:
+        self.clock, self.events = clock, events
+        self.num_steps = 0
+        self._launch_ns = 0
+
+    def launch(self, batch: ScheduledBatch, scheduler: Scheduler) -> None:
+        """A step is about to run."""
+        self._launch_ns = self.clock.now_ns()
+        self.num_steps += 1
+        decodes = sum(not seq.is_prefilling for seq in batch.seqs)
+        self.events.step(self.num_steps, len(batch), len(scheduler.running), len(scheduler.waiting),
+                         batch.num_tokens - decodes, decodes, scheduler.kv.num_free_blocks)  # fmt: skip
+        for seq in batch.seqs:
+            if seq.timeline.launch_ns is None:
+                seq.timeline.launch_ns = self._launch_ns
+            if seq.is_prefilling and self._is_first_chunk(seq):
+                self._emit(seq, "prefill_begin", len(batch), self._launch_ns)
+
+    def collected(self, batch: ScheduledBatch) -> None:
+        """The step's tokens are there, not yet appended; its counters still say what it computed."""
+        now_ns = self.clock.now_ns()
+        for seq in batch.seqs:
+            completes = seq.num_scheduled_tokens == seq.num_remaining_tokens
+            if seq.is_prefilling:
+                seq.timeline.prefill_runs.append(Run(self._launch_ns, now_ns, seq.num_scheduled_tokens))
+                self._emit(seq, "prefill_end" if completes else "prefill_chunk", len(batch), now_ns)
+            if completes and not seq.prefill_only:
+                self._emit(seq, "decode_step" if seq.timeline.token_ns else "first_token", len(batch), now_ns)
+                seq.timeline.token_ns.append(now_ns)
+
+    def handed_over(self, seq: Sequence) -> None:
+        """The caller has the sequence's newest token."""
+        now_ns = self.clock.now_ns()
+        if seq.timeline.first_handover_ns is None:
+            seq.timeline.first_handover_ns = now_ns
+        seq.timeline.last_handover_ns = now_ns
+
+    def ended(self, seq: Sequence, stage: str) -> None:
+        """The sequence reached its terminal stage and its blocks are back."""
+        self._emit(seq, stage, 0)
+        self._emit(seq, "state_released", 0)
+
+    def _is_first_chunk(self, seq: Sequence) -> bool:
+        """First of this epoch: no run since the last preemption."""
+        runs, preempted = seq.timeline.prefill_runs, seq.timeline.preempted_ns
+        return not runs or bool(preempted and runs[-1].end_ns <= preempted[-1])
+
+    def _emit(self, seq: Sequence, stage: str, batch_size: int, ts_ns: int | None = None) -> None:
+        self.events.request(seq.request_id, stage, seq.num_preemptions, seq.num_prompt_tokens,
+                            seq.num_completion_tokens, batch_size, ts_ns)  # fmt: skip

@@ -1,0 +1,148 @@
+"""Sampler: logits [M, vocab] and a SamplingBatch in, M tokens out.
+
+What it is: penalties, filters and the choice. What it knows nothing about:
+sequences, KV, text. Order, as vLLM's: bans (min_tokens) -> logit bias -> penalties
+-> temperature -> min-p -> top-k -> top-p -> choice. Reported log-probabilities are
+those of the model's own logits, before any of it.
+
+Noise comes from a counter generator: one uniform per (seed, position), mixed by
+splitmix64 (Steele et al., 2014). A row's choice depends on its own logits, seed and
+position only, so it survives batching, preemption and hand-over. The token is found
+in vocabulary order on the cumulative distribution in float64: order by probability
+would let rounding swap two near-equal tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nanovllm.engine.exec_batch import ExecResult
+from nanovllm.engine.sampling_batch import SamplingBatch
+
+TOP_CANDIDATES = 1024  # top-p looks at this many tokens first and sorts the whole vocabulary only if it must
+MASK = float("-inf")
+
+
+class Sampler:
+    """Stateless: everything a choice depends on is in its arguments."""
+
+    def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> ExecResult:
+        """Choose one token per row of `logits` [M, vocab], any float dtype."""
+        raw = logits.float()
+        logprobs = _top_logprobs(raw, batch) if (batch.num_logprobs >= 0).any() else None
+        adjusted = _adjust(raw.clone(), batch) if batch.changes_logits else raw
+        tokens = adjusted.argmax(dim=-1)
+        if not batch.all_greedy:
+            rows = np.flatnonzero(batch.temperature > 0)
+            tokens[torch.from_numpy(rows).to(tokens.device)] = _draw(adjusted, batch, rows)
+        token_ids = tokens.cpu().numpy()
+        if logprobs is None:
+            return ExecResult(token_ids, [None] * len(token_ids))
+        return ExecResult(token_ids, [_chosen_first(row, int(t)) for row, t in zip(logprobs, token_ids, strict=True)])
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One uniform in [0, 1) per row, a pure function of (seed, position)."""
+    with np.errstate(over="ignore"):
+        mixed = _splitmix64(_splitmix64(seeds) + positions.astype(np.uint64))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Bans, biases and penalties, row by row where a row has any. Changes `logits` in place."""
+    for i in range(logits.shape[0]):
+        banned = batch.banned[batch.banned_offsets[i] : batch.banned_offsets[i + 1]]
+        if banned.size:
+            logits[i, torch.from_numpy(banned)] = MASK
+        span = slice(batch.bias_offsets[i], batch.bias_offsets[i + 1])
+        if batch.bias_ids[span].size:
+            logits[i, torch.from_numpy(batch.bias_ids[span])] += torch.from_numpy(batch.bias_values[span]).to(logits)
+        history = batch.history[batch.history_offsets[i] : batch.history_offsets[i + 1]]
+        if history.size:
+            _penalise(logits[i], history, batch, i)
+    return logits
+
+
+def _penalise(row: torch.Tensor, history: NDArray[np.int64], batch: SamplingBatch, i: int) -> None:
+    """Repetition over prompt and output (CTRL, arXiv 1909.05858); presence and frequency over output (OpenAI)."""
+    seen = torch.from_numpy(np.unique(history))
+    values, factor = row[seen], float(batch.repetition_penalty[i])
+    row[seen] = torch.where(values > 0, values / factor, values * factor)
+    output, counts = np.unique(history[batch.prompt_lens[i] :], return_counts=True)
+    penalty = batch.presence_penalty[i] + batch.frequency_penalty[i] * counts.astype(np.float32)
+    row[torch.from_numpy(output)] -= torch.from_numpy(penalty).to(row)
+
+
+def _draw(logits: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Filter and draw for the rows with a temperature. Returns [len(rows)] token ids."""
+    temperature = torch.from_numpy(batch.temperature[rows]).to(logits.device)
+    scaled = logits[torch.from_numpy(rows).to(logits.device)] / temperature[:, None]
+    scaled = _filter(scaled, batch, rows)
+    cumulative = torch.softmax(scaled, dim=-1).double().cumsum(dim=-1)  # [rows, vocab]
+    noise = torch.from_numpy(uniforms(batch.seeds[rows], batch.positions[rows])).to(logits.device)
+    target = noise[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def _filter(scaled: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Mask what min-p, top-k and top-p exclude; whichever does not apply to a row leaves it alone."""
+    min_p, top_k, top_p = batch.min_p[rows], batch.top_k[rows], batch.top_p[rows]
+    if (min_p > 0).any():
+        floor = torch.log(torch.from_numpy(min_p).to(scaled))[:, None] + scaled.amax(dim=-1, keepdim=True)
+        scaled = scaled.masked_fill(scaled < floor, MASK)
+    if (top_k > 0).any():
+        scaled = _keep_top_k(scaled, top_k)
+    if (top_p < 1).any():
+        scaled = _keep_top_p(scaled, torch.from_numpy(top_p).to(scaled))
+    return scaled
+
+
+def _keep_top_k(scaled: torch.Tensor, top_k: NDArray[np.int64]) -> torch.Tensor:
+    vocab = scaled.shape[-1]
+    k = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocab), vocab)).to(scaled.device)
+    limited = int(k[k < vocab].max()) if bool((k < vocab).any()) else 0
+    if limited == 0:
+        return scaled
+    top = scaled.topk(limited, dim=-1).values
+    kth = top.gather(-1, (k.clamp(max=limited) - 1)[:, None])
+    return scaled.masked_fill((scaled < kth) & (k < vocab)[:, None], MASK)
+
+
+def _keep_top_p(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The smallest set of most likely tokens whose probability reaches p, the boundary token included."""
+    probs = torch.softmax(scaled, dim=-1)
+    count = min(TOP_CANDIDATES, probs.shape[-1])
+    top = probs.topk(count, dim=-1).values
+    if bool((top.sum(dim=-1) < top_p).logical_and(top_p < 1).any()):
+        top = probs.sort(dim=-1, descending=True).values
+    before = top.cumsum(dim=-1) - top  # what is reached before each candidate
+    kept = (before < top_p[:, None]).sum(dim=-1).clamp(min=1)
+    least = top.gather(-1, (kept - 1)[:, None])
+    return scaled.masked_fill((probs < least) & (top_p < 1)[:, None], MASK)
+
+
+def _top_logprobs(raw: torch.Tensor, batch: SamplingBatch) -> list[tuple[torch.Tensor, list[tuple[int, float]]] | None]:
+    out: list[tuple[torch.Tensor, list[tuple[int, float]]] | None] = []
+    for row, count in zip(raw, batch.num_logprobs, strict=True):
+        if count < 0:
+            out.append(None)
+            continue
+        logprobs = torch.log_softmax(row, dim=-1)
+        top = logprobs.topk(int(count))
+        out.append((logprobs, list(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
+    return out
+
+
+def _chosen_first(
+    row: tuple[torch.Tensor, list[tuple[int, float]]] | None, token_id: int
+) -> list[tuple[int, float]] | None:
+    return None if row is None else [(token_id, float(row[0][token_id])), *row[1]]

@@ -1,0 +1,33 @@
+"""CPU kernels: weights packed once for oneDNN, fused norms, batched paged attention.
+
+What it is: the fast set for x86 and Arm processors, without a compiler. What it
+knows nothing about: models. oneDNN reorders a weight into the layout its matrix
+product reads best; where torch was built without it the plain product is used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.interface import Linear
+from nanovllm.kernels.paged import PagedKernels
+from nanovllm.kernels.reference import ReferenceKernels
+
+
+class CpuKernels(PagedKernels):
+    """Packed linears; a norm in one call."""
+
+    name = "cpu"
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """`weight` is copied into oneDNN's layout; the caller may drop its own copy."""
+        if not torch.backends.mkldnn.is_available():
+            return ReferenceKernels.linear(self, weight, bias)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        product = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: product(x, packed, bias, "none", [], "")
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """torch's fused norm, float32 inside."""
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)

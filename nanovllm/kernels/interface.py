@@ -1,0 +1,80 @@
+"""The kernel interface: the operations a decoder layer is made of.
+
+What it is: the seam between the model's formulas and the machine. What it knows
+nothing about: sequences, scheduling, weights' names. Speed work happens behind it
+and changes no caller. `reference` is the plain torch meaning of every operation.
+
+Shapes: N tokens of S sequences in one step, H query heads, G KV heads, D head size.
+The KV pool is [blocks, layers, 2, G, block_size, D]: a block's bytes are contiguous
+over its layers and lie in the canonical order of stored state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """What attention needs to know of the model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where the tokens of one step lie: built once per step, used by every layer. See `ExecBatch`."""
+
+    positions: torch.Tensor  # [N]
+    query_lens: NDArray[np.int64]  # [S]
+    context_lens: NDArray[np.int64]  # [S]
+    block_tables: torch.Tensor  # [S, max_blocks]
+    slot_blocks: torch.Tensor  # [N] physical block of each token
+    slot_offsets: torch.Tensor  # [N] place inside it
+
+
+class AttentionPlan(Protocol):
+    """What a kernel set prepared for one step; opaque to the model."""
+
+
+class Kernels(Protocol):
+    """One way to compute. Implementations hold no state of any request."""
+
+    name: str
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / rms(x) * weight over the last dimension, accumulated in float32 (arXiv 1910.07467)."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [N, 2 * F] -> [N, F] (SwiGLU, arXiv 2002.05202)."""
+        ...
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate x [N, heads, D] by cos, sin [N, 1, D / 2], halves paired (arXiv 2104.09864)."""
+        ...
+
+    def plan(self, layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry) -> AttentionPlan:
+        """Everything about a step's attention that does not depend on the layer."""
+        ...
+
+    def attention(self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor,
+                  v: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Write k, v [N, G, D] into the pool, then attend q [N, H, D] over it: [N, H * D]."""
+        ...

@@ -1,0 +1,168 @@
+"""Batched paged attention in torch operations, for any device.
+
+What it is: the step's decoding sequences in a few batched calls, its prefill
+chunks one by one. What it knows nothing about: how linears are packed. A plan holds
+every index a step needs, so a layer does two copies in, two copies out and one
+attention call per group. Gathering whole blocks per head moves runs of block_size * D
+numbers, which costs a fraction of the attention itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, StepLayout
+from nanovllm.kernels.reference import ReferenceKernels, visible
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences of similar length that compute one token each. B of them, T = padded context."""
+
+    rows: torch.Tensor  # [B] their places among the step's N tokens
+    block_rows: torch.Tensor  # [B * G * T / block_size] rows of `PagedPlan.by_block`, layer 0, keys
+    mask: torch.Tensor  # [B, 1, 1, T] bool: which keys exist and may be seen
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """One sequence's chunk: tokens [start, stop) of the step, over `context` keys."""
+
+    start: int
+    stop: int
+    context: int
+    block_rows: torch.Tensor  # [G * blocks]
+    mask: torch.Tensor | None  # [L, context] bool; None where plain causal will do
+
+
+@dataclass(frozen=True)
+class PagedPlan:
+    """All indices of one step."""
+
+    pool: torch.Tensor  # [blocks, layers, 2, G, block_size, D]
+    geometry: AttentionGeometry
+    by_block: torch.Tensor  # [blocks * layers * 2 * G, block_size * D], a view
+    by_token: torch.Tensor  # [blocks * layers * 2 * G * block_size, D], a view
+    write_rows: torch.Tensor  # [N * G] rows of by_token, layer 0, keys
+    groups: list[DecodeGroup]
+    chunks: list[PrefillChunk]
+
+
+class PagedKernels(ReferenceKernels):
+    """Reference arithmetic, batched attention."""
+
+    name = "paged"
+
+    def plan(self, layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry) -> PagedPlan:  # type: ignore[override]
+        """Sort the step's sequences into decode groups and prefill chunks and compute their indices."""
+        _, layers, _, kv_heads, block_size, head_dim = pool.shape
+        heads = torch.arange(kv_heads, device=pool.device)
+        write = layout.slot_blocks[:, None] * (layers * 2 * kv_heads) + heads  # [N, G]
+        starts = np.cumsum(layout.query_lens) - layout.query_lens
+        return PagedPlan(
+            pool=pool,
+            geometry=geometry,
+            by_block=pool.view(-1, block_size * head_dim),
+            by_token=pool.view(-1, head_dim),
+            write_rows=(write * block_size + layout.slot_offsets[:, None]).flatten(),
+            groups=[_decode_group(layout, pool, geometry, starts, members) for members in _similar_lengths(layout, block_size)],
+            chunks=[_chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in np.flatnonzero(layout.query_lens > 1)],
+        )
+
+    def attention(self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor,
+                  v: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Store first: a prompt's own keys are read back from its blocks like everybody else's."""
+        assert isinstance(plan, PagedPlan)
+        self._store(plan, layer, k, v)
+        out = torch.empty_like(q)
+        for group in plan.groups:
+            out[group.rows] = self._decode(plan, layer, group, q[group.rows])
+        for chunk in plan.chunks:
+            out[chunk.start : chunk.stop] = self._prefill(plan, layer, chunk, q[chunk.start : chunk.stop])
+        return out.flatten(1)
+
+    def _store(self, plan: PagedPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        _, _, _, kv_heads, block_size, head_dim = plan.pool.shape
+        first = layer * 2 * kv_heads * block_size
+        plan.by_token[first:].index_copy_(0, plan.write_rows, k.reshape(-1, head_dim))
+        plan.by_token[first + kv_heads * block_size :].index_copy_(0, plan.write_rows, v.reshape(-1, head_dim))
+
+    def _gather(self, plan: PagedPlan, layer: int, block_rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, 2 x [batch, G, T, D]."""
+        kv_heads, head_dim = plan.pool.shape[3], plan.pool.shape[5]
+        first = layer * 2 * kv_heads
+        keys = plan.by_block[first:].index_select(0, block_rows)
+        values = plan.by_block[first + kv_heads :].index_select(0, block_rows)
+        return keys.view(batch, kv_heads, -1, head_dim), values.view(batch, kv_heads, -1, head_dim)
+
+    def _decode(self, plan: PagedPlan, layer: int, group: DecodeGroup, q: torch.Tensor) -> torch.Tensor:
+        """The query heads that share a KV head stand as rows of one small attention: q [B, H, D]."""
+        batch, kv_heads = q.shape[0], plan.geometry.num_kv_heads
+        keys, values = self._gather(plan, layer, group.block_rows, batch)
+        grouped = q.view(batch, kv_heads, -1, plan.geometry.head_dim)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=plan.geometry.scale)
+        return out.reshape(q.shape)
+
+    def _prefill(self, plan: PagedPlan, layer: int, chunk: PrefillChunk, q: torch.Tensor) -> torch.Tensor:
+        """q [L, H, D]."""
+        keys, values = self._gather(plan, layer, chunk.block_rows, 1)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys[:, :, : chunk.context], values[:, :, : chunk.context], attn_mask=chunk.mask,
+            is_causal=chunk.mask is None, scale=plan.geometry.scale, enable_gqa=True,
+        )  # fmt: skip
+        return out[0].transpose(0, 1)
+
+
+def _similar_lengths(layout: StepLayout, block_size: int) -> list[np.ndarray]:
+    """Decoding sequences by padded length; a group pads its contexts by at most a third."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in np.flatnonzero(layout.query_lens == 1):
+        groups[_padded_blocks(-(-int(layout.context_lens[i]) // block_size))].append(int(i))
+    return [np.array(members) for members in groups.values()]
+
+
+def _padded_blocks(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few groups, little padding."""
+    size = 1
+    while size < count:
+        if size >= 2 and size * 3 // 2 >= count:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def _decode_group(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, starts: np.ndarray,
+                  members: np.ndarray) -> DecodeGroup:  # fmt: skip
+    contexts = layout.context_lens[members]
+    num_blocks = -(-int(contexts.max()) // pool.shape[4])
+    index = torch.from_numpy(members).to(pool.device)
+    context = torch.from_numpy(contexts).to(pool.device)[:, None]
+    key = torch.arange(num_blocks * pool.shape[4], device=pool.device)[None, :]
+    seen = key < context
+    if geometry.sliding_window is not None:
+        seen = seen & (key >= context - geometry.sliding_window)
+    return DecodeGroup(
+        rows=torch.from_numpy(starts[members]).to(pool.device),
+        block_rows=_block_rows(layout.block_tables[index, :num_blocks], pool),
+        mask=seen[:, None, None, :],
+    )
+
+
+def _chunk(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, start: int, i: int) -> PrefillChunk:
+    length, context = int(layout.query_lens[i]), int(layout.context_lens[i])
+    plain = length == context and geometry.sliding_window is None
+    table = layout.block_tables[i : i + 1, : -(-context // pool.shape[4])]
+    mask = None if plain else visible(length, context, geometry.sliding_window, pool.device)
+    return PrefillChunk(start, start + length, context, _block_rows(table, pool), mask)
+
+
+def _block_rows(tables: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+    """Rows of `by_block` for block tables [B, n], layer 0, keys, ordered [B, G, n]."""
+    _, layers, _, kv_heads, _, _ = pool.shape
+    heads = torch.arange(kv_heads, device=pool.device)[None, :, None]
+    return (tables[:, None, :] * (layers * 2 * kv_heads) + heads).flatten()

@@ -1,0 +1,124 @@
+"""The decoder-only transformer that Llama and Qwen share, as one forward pass.
+
+    x = embed(tokens)
+    per layer:  x += attention(norm(x));  x += mlp(norm(x))
+    logits = head(norm(x[last tokens]))
+
+What it is: the formula. What it knows nothing about: how an operation is computed
+(`kernels`), which sequence a token belongs to, where its KV lies (`StepLayout`).
+Invariant: weights are read once, packed by the kernel set, and never changed.
+Families differ in `project_qkv` only; see llama.py and qwen.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Kernels, Linear
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer's weights. qkv and gate_up are fused: one matrix product reads the input once."""
+
+    input_norm: torch.Tensor  # [hidden]
+    qkv: Linear  # [N, hidden] -> [N, (H + 2G) * D]
+    out: Linear  # [N, H * D] -> [N, hidden]
+    post_norm: torch.Tensor  # [hidden]
+    gate_up: Linear  # [N, hidden] -> [N, 2 * intermediate]
+    down: Linear  # [N, intermediate] -> [N, hidden]
+    q_norm: torch.Tensor | None = None  # [D], Qwen3
+    k_norm: torch.Tensor | None = None
+
+
+class WeightReader:
+    """Reads tensors in the compute dtype onto the device, and packs linears."""
+
+    def __init__(
+        self, source: WeightSource, kernels: Kernels, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.source, self.kernels, self.dtype, self.device = source, kernels, dtype, device
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A private copy: sources may hand out views of a file."""
+        return self.source.get(name).to(device=self.device, dtype=self.dtype, copy=True)
+
+    def linear(self, prefix: str, *parts: str, bias: bool = False) -> Linear:
+        """One linear of the weights `parts` stacked along their outputs."""
+        weight = torch.cat([self.tensor(f"{prefix}.{part}.weight") for part in parts])
+        stacked_bias = torch.cat([self.tensor(f"{prefix}.{part}.bias") for part in parts]) if bias else None
+        return self.kernels.linear(weight, stacked_bias)
+
+
+class DecoderModel:
+    """Llama's layer; subclasses change how q, k and v come about."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, kernels: Kernels, dtype: torch.dtype,
+                 device: torch.device) -> None:  # fmt: skip
+        self.config, self.kernels = config, kernels
+        reader = WeightReader(source, kernels, dtype, device)
+        self.embedding = reader.tensor("model.embed_tokens.weight")  # [vocab, hidden]
+        self.layers = [self.read_layer(reader, i) for i in range(config.num_layers)]
+        self.final_norm = reader.tensor("model.norm.weight")  # [hidden]
+        head = self.embedding if config.tie_word_embeddings else reader.tensor("lm_head.weight")
+        self.head = kernels.linear(head, None)  # [M, hidden] -> [M, vocab]
+        self.cos, self.sin = rotary_tables(config, dtype, device)
+        self.geometry = AttentionGeometry(config.num_heads, config.num_kv_heads, config.head_dim,
+                                          config.attention_scale, config.sliding_window)  # fmt: skip
+
+    def read_layer(self, reader: WeightReader, i: int) -> DecoderLayer:
+        """Layer `i` by its Hugging Face names."""
+        prefix, config = f"model.layers.{i}", self.config
+        attention = f"{prefix}.self_attn"
+        return DecoderLayer(
+            input_norm=reader.tensor(f"{prefix}.input_layernorm.weight"),
+            qkv=reader.linear(attention, "q_proj", "k_proj", "v_proj", bias=config.attention_bias),
+            out=reader.linear(attention, "o_proj"),
+            post_norm=reader.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=reader.linear(f"{prefix}.mlp", "gate_proj", "up_proj"),
+            down=reader.linear(f"{prefix}.mlp", "down_proj"),
+            q_norm=reader.tensor(f"{attention}.q_norm.weight") if config.qk_norm else None,
+            k_norm=reader.tensor(f"{attention}.k_norm.weight") if config.qk_norm else None,
+        )
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan,
+                last: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """token_ids, positions [N]; `last` [M] are the tokens whose successor is wanted. Returns logits [M, vocab]."""
+        x = F.embedding(token_ids, self.embedding)  # [N, hidden]
+        cos, sin = self.cos[positions], self.sin[positions]  # [N, 1, D / 2]
+        for i, layer in enumerate(self.layers):
+            x = x + self.attend(i, layer, self.norm(x, layer.input_norm), cos, sin, plan)
+            x = x + layer.down(self.kernels.silu_mul(layer.gate_up(self.norm(x, layer.post_norm))))
+        return self.head(self.norm(x[last], self.final_norm))
+
+    def attend(self, i: int, layer: DecoderLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+               plan: AttentionPlan) -> torch.Tensor:  # fmt: skip
+        """Attention of layer `i`: x [N, hidden] -> [N, hidden]."""
+        qk, v = self.project_qkv(layer, x)
+        qk = self.kernels.rope(qk, cos, sin)
+        q, k = qk.split((self.config.num_heads, self.config.num_kv_heads), dim=1)
+        return layer.out(self.kernels.attention(plan, i, q, k, v))
+
+    def project_qkv(self, layer: DecoderLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [N, H + G, D] side by side, because the same rotation follows; values [N, G, D]."""
+        config = self.config
+        qkv = layer.qkv(x).view(x.shape[0], -1, config.head_dim)  # [N, H + 2G, D]
+        qk, v = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
+        return qk, v
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm with the model's epsilon."""
+        return self.kernels.rms_norm(x, weight, self.config.rms_norm_eps)
+
+
+def rotary_tables(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * inv_freq, computed in float32: 2 x [max_position, 1, D / 2]."""
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.inv_freq())[:, None, :]
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

@@ -74,8 +74,11 @@ class EngineConfig:
         _check_share("watermark", self.watermark)
         _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
         if self.tensor_parallel_size != 1:
-            raise ConfigError("tensor_parallel_size must be 1.", param="tensor_parallel_size",
-                              hint="Tensor parallelism is not implemented; remove the setting.")
+            raise ConfigError(
+                "tensor_parallel_size must be 1.",
+                param="tensor_parallel_size",
+                hint="Tensor parallelism is not implemented; remove the setting.",
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed must be an integer in [0, 2**64), not {self.seed!r}.", param="seed")
         self.kv_memory_bytes  # noqa: B018  (parses, so that a bad size is refused here)
@@ -110,8 +113,14 @@ class EngineConfig:
             raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}.", param=name)
 
 
-_CHOICES = {"dtype": DTYPES, "device": DEVICES, "kernels": KERNELS, "prefix_mode": PREFIX_MODES,
-            "schedule_mode": SCHEDULE_MODES, "policy": POLICIES}  # fmt: skip
+_CHOICES = {
+    "dtype": DTYPES,
+    "device": DEVICES,
+    "kernels": KERNELS,
+    "prefix_mode": PREFIX_MODES,
+    "schedule_mode": SCHEDULE_MODES,
+    "policy": POLICIES,
+}
 
 
 def parse_bytes(value: int | str, param: str) -> int:
@@ -121,7 +130,9 @@ def parse_bytes(value: int | str, param: str) -> int:
     else:
         found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", str(value))
         if not found or found[2].lower() not in _UNITS:
-            raise ConfigError(f"{param} must be a size such as '2GiB' or a number of bytes, not {value!r}.", param=param)
+            raise ConfigError(
+                f"{param} must be a size such as '2GiB' or a number of bytes, not {value!r}.", param=param
+            )
         size = int(float(found[1]) * _UNITS[found[2].lower()])
     if size < 1:
         raise ConfigError(f"{param} must be more than 0 bytes.", param=param)
@@ -178,7 +189,7 @@ def parse_setting(name: str, text: str) -> Any:
     try:
         if kind.startswith("bool"):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
-        if kind.startswith("int | str") or kind.startswith("str"):
+        if kind.startswith(("int | str", "str")):
             return text
         return float(text) if kind.startswith("float") else int(text)
     except (KeyError, ValueError):

@@ -41,26 +41,40 @@ class LLM:
         self.tokenizer = self.engine.parts.tokenizer
         self._mailboxes: dict[str, deque[StepOutput]] = {}
 
-    def generate(self, prompts: str | Seq[Any], sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-                 *, use_tqdm: bool = False) -> list[RequestOutput]:  # fmt: skip
+    def generate(
+        self,
+        prompts: str | Seq[Any],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
         """Complete each prompt: a string (special tokens are parsed), token ids, or Segments; or a list of these.
 
         Returns one output per prompt, in order. Raises InvalidRequestError before anything runs.
         """
         batch = as_prompts(prompts)
         params = as_params(sampling_params, len(batch))
-        return self._complete([{"prompt": p, "sampling_params": s} for p, s in zip(batch, params, strict=True)], use_tqdm)
+        return self._complete(
+            [{"prompt": p, "sampling_params": s} for p, s in zip(batch, params, strict=True)], use_tqdm
+        )
 
-    def chat(self, messages: Messages | list[Messages], sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-             *, use_tqdm: bool = False, **template: Any) -> list[RequestOutput]:  # fmt: skip
+    def chat(
+        self,
+        messages: Messages | list[Messages],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        **template: Any,
+    ) -> list[RequestOutput]:
         """Answer one conversation, or several. The output's `template_tokens` is what the template added."""
         chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         params = as_params(sampling_params, len(chats))
         calls = [self._chat_call(chat, s, template) for chat, s in zip(chats, params, strict=True)]
         return self._complete(calls, use_tqdm)
 
-    def stream(self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None,
-               **template: Any) -> Iterator[StepOutput]:  # fmt: skip
+    def stream(
+        self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, **template: Any
+    ) -> Iterator[StepOutput]:
         """Increments as they are made, for one prompt or conversation. Closing the iterator aborts the request."""
         params = sampling_params or SamplingParams()
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
@@ -83,7 +97,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # -- driving the engine ------------------------------------------------------------------------
@@ -171,8 +187,11 @@ def as_params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise InvalidRequestError(f"{count} prompts, but {len(params)} sampling_params.", param="sampling_params",
-                                  hint="Give one for all, or one for each.")  # fmt: skip
+        raise InvalidRequestError(
+            f"{count} prompts, but {len(params)} sampling_params.",
+            param="sampling_params",
+            hint="Give one for all, or one for each.",
+        )
     return list(params)
 
 

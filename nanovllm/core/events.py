@@ -17,9 +17,22 @@ from nanovllm.core.clock import Clock
 
 SCHEMA = 1
 STAGES = (
-    "entered", "queued", "scheduled", "loading", "prefill_begin", "prefill_chunk", "prefill_end", "first_token",
-    "decode_step", "output_complete", "state_released", "preempted", "aborted", "failed", "rejected",
-)  # fmt: skip
+    "entered",
+    "queued",
+    "scheduled",
+    "loading",
+    "prefill_begin",
+    "prefill_chunk",
+    "prefill_end",
+    "first_token",
+    "decode_step",
+    "output_complete",
+    "state_released",
+    "preempted",
+    "aborted",
+    "failed",
+    "rejected",
+)
 TERMINAL_STAGES = ("output_complete", "aborted", "failed", "rejected")
 
 
@@ -79,22 +92,60 @@ class EventBus:
         """How many events were emitted so far; the next one gets this sequence number."""
         return self._next_seq
 
-    def request(self, request_id: str, stage: str, epoch: int, prompt_len: int, generated_len: int,
-                batch_size: int = 0, ts_ns: int | None = None) -> None:  # fmt: skip
+    def request(
+        self,
+        request_id: str,
+        stage: str,
+        epoch: int,
+        prompt_len: int,
+        generated_len: int,
+        batch_size: int = 0,
+        ts_ns: int | None = None,
+    ) -> None:
         """Emit a `RequestEvent`, at `ts_ns` where the moment was taken already."""
         ts_ns = self._clock.now_ns() if ts_ns is None else ts_ns
-        self._append(RequestEvent(self._next_seq, ts_ns, request_id, stage, epoch, prompt_len, generated_len, batch_size))
+        self._append(
+            RequestEvent(self._next_seq, ts_ns, request_id, stage, epoch, prompt_len, generated_len, batch_size)
+        )
 
-    def step(self, step: int, batch_size: int, running_size: int, waiting_size: int,
-             prefill_tokens: int, decode_tokens: int, free_blocks: int) -> None:  # fmt: skip
+    def step(
+        self,
+        step: int,
+        batch_size: int,
+        running_size: int,
+        waiting_size: int,
+        prefill_tokens: int,
+        decode_tokens: int,
+        free_blocks: int,
+    ) -> None:
         """Emit a `StepEvent`."""
-        self._append(StepEvent(self._next_seq, self._clock.now_ns(), step, batch_size, running_size, waiting_size,
-                               prefill_tokens, decode_tokens, free_blocks))  # fmt: skip
+        self._append(
+            StepEvent(
+                self._next_seq,
+                self._clock.now_ns(),
+                step,
+                batch_size,
+                running_size,
+                waiting_size,
+                prefill_tokens,
+                decode_tokens,
+                free_blocks,
+            )
+        )
 
-    def block(self, action: str, digest: bytes, parent: bytes, block_size: int,
-              medium: str = "device", token_ids: tuple[int, ...] | None = None) -> None:  # fmt: skip
+    def block(
+        self,
+        action: str,
+        digest: bytes,
+        parent: bytes,
+        block_size: int,
+        medium: str = "device",
+        token_ids: tuple[int, ...] | None = None,
+    ) -> None:
         """Emit a `BlockEvent`."""
-        self._append(BlockEvent(self._next_seq, self._clock.now_ns(), action, digest, parent, block_size, medium, token_ids))
+        self._append(
+            BlockEvent(self._next_seq, self._clock.now_ns(), action, digest, parent, block_size, medium, token_ids)
+        )
 
     def reader(self, *, from_start: bool = False) -> EventReader:
         """A reader that starts at the present, or at the oldest event still kept."""

@@ -17,6 +17,7 @@ Every figure is `measured`, or `simulated` under a virtual clock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Timeline:
         if self.first_handover_ns is None:
             return []
         marks = [self.first_handover_ns, *self.token_ns[1:]]
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in pairwise(marks)]
 
     @property
     def t_stream_ns(self) -> int | None:
@@ -110,14 +111,22 @@ class Timeline:
     def as_dict(self) -> dict[str, object]:
         """The terms by name in nanoseconds, for `--json` and logs."""
         return {
-            "label": self.label, "ttft_ns": self.ttft_ns, "t_queue_ns": self.t_queue_ns,
-            "t_intake_ns": self.t_intake_ns, "t_state_ns": self.state_wait_ns,
-            "t_schedule_ns": self.t_schedule_ns, "t_prefill_ns": self.t_prefill_ns,
-            "t_prefill_running_ns": self.t_prefill_running_ns, "t_prefill_waiting_ns": self.t_prefill_waiting_ns,
-            "t_return_ns": self.t_return_ns, "decode_gaps_ns": self.decode_gaps_ns,
-            "t_stream_ns": self.t_stream_ns, "end_to_end_ns": self.end_to_end_ns,
-            "prefill_chunks": len(self.prefill_runs), "preemptions": len(self.preempted_ns),
-        }  # fmt: skip
+            "label": self.label,
+            "ttft_ns": self.ttft_ns,
+            "t_queue_ns": self.t_queue_ns,
+            "t_intake_ns": self.t_intake_ns,
+            "t_state_ns": self.state_wait_ns,
+            "t_schedule_ns": self.t_schedule_ns,
+            "t_prefill_ns": self.t_prefill_ns,
+            "t_prefill_running_ns": self.t_prefill_running_ns,
+            "t_prefill_waiting_ns": self.t_prefill_waiting_ns,
+            "t_return_ns": self.t_return_ns,
+            "decode_gaps_ns": self.decode_gaps_ns,
+            "t_stream_ns": self.t_stream_ns,
+            "end_to_end_ns": self.end_to_end_ns,
+            "prefill_chunks": len(self.prefill_runs),
+            "preemptions": len(self.preempted_ns),
+        }
 
 
 def _between(start: int | None, end: int | None) -> int | None:

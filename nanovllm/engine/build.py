@@ -44,20 +44,34 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
     clock = MonotonicClock()
     events = EventBus(clock, config.event_capacity)
     kv = DeviceState(BlockManager(size.num_blocks, config.block_size, config.prefix_mode, events=events))
-    scheduler = Scheduler(SchedulingPolicy.from_config(config), kv, clock, events, block_size=config.block_size,
-                          watermark_blocks=int(config.watermark * size.num_blocks))  # fmt: skip
+    scheduler = Scheduler(
+        SchedulingPolicy.from_config(config),
+        kv,
+        clock,
+        events,
+        block_size=config.block_size,
+        watermark_blocks=int(config.watermark * size.num_blocks),
+    )
     identity: dict[str, object] = {"weights": fingerprint, "dtype": str(dtype), "model": asdict(loaded.config)}
     return LLMEngine(
         EngineParts(
-            runner=runner, scheduler=scheduler, tokenizer=loaded.tokenizer, clock=clock, events=events,
-            intake=Intake(loaded.tokenizer, loaded.config.vocab_size, max_model_len), seed=config.seed,
-            eos_token_ids=loaded.config.eos_token_ids, identity=identity, device_tier=runner.tier,
-        )  # fmt: skip
+            runner=runner,
+            scheduler=scheduler,
+            tokenizer=loaded.tokenizer,
+            clock=clock,
+            events=events,
+            intake=Intake(loaded.tokenizer, loaded.config.vocab_size, max_model_len),
+            seed=config.seed,
+            eos_token_ids=loaded.config.eos_token_ids,
+            identity=identity,
+            device_tier=runner.tier,
+        )
     )
 
 
-def _build_runner(config: EngineConfig, loaded: LoadedModel, device: torch.device,
-                  dtype: torch.dtype) -> tuple[ModelRunner, PoolSize]:  # fmt: skip
+def _build_runner(
+    config: EngineConfig, loaded: LoadedModel, device: torch.device, dtype: torch.dtype
+) -> tuple[ModelRunner, PoolSize]:
     try:
         _check_memory(loaded.config, dtype, device)
         kernels = choose_kernels(config.kernels, device)
@@ -66,9 +80,15 @@ def _build_runner(config: EngineConfig, loaded: LoadedModel, device: torch.devic
     finally:
         loaded.weights.close()
     useful = config.max_num_seqs * min(config.max_model_len or 2**62, loaded.config.max_position_embeddings)
-    size = size_pool(loaded.config, config.block_size, dtype.itemsize, budget_bytes=config.kv_memory_bytes,
-                     num_blocks=config.num_blocks, free_bytes=free_memory(device, config.gpu_memory_utilization),
-                     useful_tokens=useful)  # fmt: skip
+    size = size_pool(
+        loaded.config,
+        config.block_size,
+        dtype.itemsize,
+        budget_bytes=config.kv_memory_bytes,
+        num_blocks=config.num_blocks,
+        free_bytes=free_memory(device, config.gpu_memory_utilization),
+        useful_tokens=useful,
+    )
     logger.info("%s", size)
     return ModelRunner(model, DeviceTier(size, dtype, device), device), size
 
@@ -84,8 +104,11 @@ def free_memory(device: torch.device, gpu_share: float = 1.0) -> int:
 def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     need, free = config.parameter_count() * dtype.itemsize, free_memory(device)
     if need > free:
-        raise OutOfMemoryError(f"The weights need {need:,} bytes as {dtype}; {free:,} are free.", param="model",
-                               hint="Use dtype='bfloat16', a smaller model, or a machine with more memory.")  # fmt: skip
+        raise OutOfMemoryError(
+            f"The weights need {need:,} bytes as {dtype}; {free:,} are free.",
+            param="model",
+            hint="Use dtype='bfloat16', a smaller model, or a machine with more memory.",
+        )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, size: PoolSize) -> int:
@@ -93,6 +116,11 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, size: PoolSize) -> 
     wanted = config.max_model_len or model.max_position_embeddings
     limit = min(wanted, model.max_position_embeddings, size.num_blocks * config.block_size)
     if limit < wanted:
-        logger.warning("max_model_len is lowered from %d to %d tokens: the model reaches %d, the KV pool holds %d.",
-                       wanted, limit, model.max_position_embeddings, size.num_blocks * config.block_size)  # fmt: skip
+        logger.warning(
+            "max_model_len is lowered from %d to %d tokens: the model reaches %d, the KV pool holds %d.",
+            wanted,
+            limit,
+            model.max_position_embeddings,
+            size.num_blocks * config.block_size,
+        )
     return limit

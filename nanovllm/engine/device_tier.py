@@ -39,8 +39,8 @@ class PoolSize:
     def __str__(self) -> str:
         c = self.config
         return (
-            f"KV pool: {self.budget_bytes:,} bytes ({self.source}) / (2 x {c.num_layers} layers x {c.num_kv_heads} KV heads "
-            f"x {self.block_size} tokens x {c.head_dim} x {self.dtype_bytes} B = {self.block_bytes:,} bytes a block) "
+            f"KV pool: {self.budget_bytes:,} bytes ({self.source}) / "
+            f"(2 x {c.num_layers} layers x {c.num_kv_heads} KV heads x {self.block_size} tokens x {c.head_dim} x {self.dtype_bytes} B = {self.block_bytes:,} bytes a block) "
             f"= {self.num_blocks:,} blocks = {self.num_blocks * self.block_size:,} tokens"
         )
 
@@ -50,8 +50,16 @@ def block_bytes(config: ModelConfig, block_size: int, dtype_bytes: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype_bytes
 
 
-def size_pool(config: ModelConfig, block_size: int, dtype_bytes: int, *, budget_bytes: int | None,
-              num_blocks: int | None, free_bytes: int, useful_tokens: int) -> PoolSize:  # fmt: skip
+def size_pool(
+    config: ModelConfig,
+    block_size: int,
+    dtype_bytes: int,
+    *,
+    budget_bytes: int | None,
+    num_blocks: int | None,
+    free_bytes: int,
+    useful_tokens: int,
+) -> PoolSize:
     """How many blocks the pool gets: those asked for, those the budget holds, or a share of free memory.
 
     Without a budget, no more than `useful_tokens` are provided for. Raises ConfigError where the
@@ -66,11 +74,17 @@ def size_pool(config: ModelConfig, block_size: int, dtype_bytes: int, *, budget_
         useful = -(-useful_tokens // block_size) * size
         budget, source = min(int(free_bytes * DEFAULT_SHARE), DEFAULT_CEILING, useful), "from free memory"
     if budget < size:
-        raise ConfigError(f"kv_memory of {budget:,} bytes holds no block of {size:,} bytes.", param="kv_memory",
-                          hint="Give more memory, or a smaller block_size.")  # fmt: skip
+        raise ConfigError(
+            f"kv_memory of {budget:,} bytes holds no block of {size:,} bytes.",
+            param="kv_memory",
+            hint="Give more memory, or a smaller block_size.",
+        )
     if budget > free_bytes:
-        raise OutOfMemoryError(f"The KV pool needs {budget:,} bytes; {free_bytes:,} are free.", param="kv_memory",
-                               hint="Lower kv_memory, or num_blocks.")  # fmt: skip
+        raise OutOfMemoryError(
+            f"The KV pool needs {budget:,} bytes; {free_bytes:,} are free.",
+            param="kv_memory",
+            hint="Lower kv_memory, or num_blocks.",
+        )
     return PoolSize(config, block_size, dtype_bytes, budget, budget // size, source)
 
 

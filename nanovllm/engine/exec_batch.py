@@ -109,4 +109,3 @@ def _unpacked(wire: dict[str, Any]) -> NDArray[Any]:
     if dtype.kind not in "iufb":
         raise ValueError(f"dtype {dtype} is not plain numbers")
     return np.frombuffer(wire["data"], dtype).reshape(wire["shape"])
-

@@ -39,8 +39,11 @@ class Intake:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt), ()
         if not isinstance(prompt, Seq) or isinstance(prompt, bytes):
-            raise InvalidRequestError("A prompt is a string, a list of token ids or a list of Segment.", param="prompt",
-                                      hint=f"This one is {type(prompt).__name__}.")  # fmt: skip
+            raise InvalidRequestError(
+                "A prompt is a string, a list of token ids or a list of Segment.",
+                param="prompt",
+                hint=f"This one is {type(prompt).__name__}.",
+            )
         if prompt and all(isinstance(part, Segment) for part in prompt):
             return self._join([part for part in prompt if isinstance(part, Segment)])
         return self._checked_ids(prompt), ()
@@ -51,12 +54,15 @@ class Intake:
             raise InvalidRequestError("The prompt is empty.", param="prompt", hint="Give at least one token.")
         if len(token_ids) >= self.max_model_len:
             raise ContextLengthError(
-                f"The prompt has {len(token_ids)} tokens; at most {self.max_model_len - 1} fit beside one token of output.",
-                param="prompt", hint="Shorten the prompt, or raise max_model_len or kv_memory.",
-            )  # fmt: skip
+                f"The prompt has {len(token_ids)} tokens; at most {self.max_model_len - 1} fit beside one of output.",
+                param="prompt",
+                hint="Shorten the prompt, or raise max_model_len or kv_memory.",
+            )
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             if any(token_id >= self.vocab_size for token_id in ids):
-                raise InvalidRequestError(f"{name} names a token outside the vocabulary of {self.vocab_size}.", param=name)
+                raise InvalidRequestError(
+                    f"{name} names a token outside the vocabulary of {self.vocab_size}.", param=name
+                )
 
     def _join(self, segments: list[Segment]) -> tuple[list[int], tuple[SegmentSpan, ...]]:
         token_ids: list[int] = []
@@ -73,6 +79,8 @@ class Intake:
     def _checked_ids(self, ids: Seq[object]) -> list[int]:
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-                raise InvalidRequestError(f"{token_id!r} is no token id of this model: they run from 0 to "
-                                          f"{self.vocab_size - 1}.", param="prompt")  # fmt: skip
+                raise InvalidRequestError(
+                    f"{token_id!r} is no token id of this model: they run from 0 to {self.vocab_size - 1}.",
+                    param="prompt",
+                )
         return [int(token_id) for token_id in ids if isinstance(token_id, int)]

@@ -81,10 +81,19 @@ class LLMEngine:
 
     # -- in ----------------------------------------------------------------------------------------
 
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None, *,
-                    request_id: str | None = None, priority: int = 0, namespace: str = "", cache_salt: str = "",
-                    prefill_only: bool = False, template_tokens: int | None = None,
-                    arrival_ns: int | None = None) -> str:  # fmt: skip
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        cache_salt: str = "",
+        prefill_only: bool = False,
+        template_tokens: int | None = None,
+        arrival_ns: int | None = None,
+    ) -> str:
         """Validate, tokenize, build the `Sequence` and queue it; returns its request_id.
 
         `template_tokens` is what a chat template added to the prompt, kept for display. Raises
@@ -195,7 +204,7 @@ class LLMEngine:
         self.marks.launch(batch, self.scheduler)
         try:
             result = self.runner.collect(self.runner.launch(ExecBatch.build(batch.seqs)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it raises fails these requests only
             failure = ExecutionError(f"The step failed: {type(error).__name__}: {error}.")
             failure.__cause__ = error
             for seq in batch.seqs:
@@ -260,11 +269,13 @@ class LLMEngine:
             raise InvalidRequestError(f"request_id {request_id!r} is in use.", param="request_id")
         return request_id
 
-    def _build(self, token_ids: list[int], params: SamplingParams, request_id: str, index: int,
-               arrival_ns: int) -> Sequence:  # fmt: skip
+    def _build(
+        self, token_ids: list[int], params: SamplingParams, request_id: str, index: int, arrival_ns: int
+    ) -> Sequence:
         seed = params.seed if params.seed is not None else self.parts.seed + (self._num_seqs << 8)
-        seq = Sequence(token_ids, params, self.scheduler.block_size, request_id, index=index,
-                       seed=(seed + index) % 2**64)  # fmt: skip
+        seq = Sequence(
+            token_ids, params, self.scheduler.block_size, request_id, index=index, seed=(seed + index) % 2**64
+        )
         self._adopt(seq, arrival_ns)
         return seq
 
@@ -307,8 +318,12 @@ class LLMEngine:
         del self.requests[seq.request_id]
         first = request.outputs[0].seq
         return RequestOutput(
-            request_id=seq.request_id, prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
-            cached_tokens=first.num_hit_tokens, potential_cached_tokens=first.num_potential_hit_tokens,
-            template_tokens=request.template_tokens, segments=first.segments,
-            completions=[output.completion for output in request.outputs], error=request.error,
-        )  # fmt: skip
+            request_id=seq.request_id,
+            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            cached_tokens=first.num_hit_tokens,
+            potential_cached_tokens=first.num_potential_hit_tokens,
+            template_tokens=request.template_tokens,
+            segments=first.segments,
+            completions=[output.completion for output in request.outputs],
+            error=request.error,
+        )

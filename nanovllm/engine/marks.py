@@ -27,8 +27,15 @@ class StepMarks:
         self._launch_ns = self.clock.now_ns()
         self.num_steps += 1
         decodes = sum(not seq.is_prefilling for seq in batch.seqs)
-        self.events.step(self.num_steps, len(batch), len(scheduler.running), len(scheduler.waiting),
-                         batch.num_tokens - decodes, decodes, scheduler.kv.num_free_blocks)  # fmt: skip
+        self.events.step(
+            self.num_steps,
+            len(batch),
+            len(scheduler.running),
+            len(scheduler.waiting),
+            batch.num_tokens - decodes,
+            decodes,
+            scheduler.kv.num_free_blocks,
+        )
         for seq in batch.seqs:
             if seq.timeline.launch_ns is None:
                 seq.timeline.launch_ns = self._launch_ns
@@ -65,5 +72,12 @@ class StepMarks:
         return not runs or bool(preempted and runs[-1].end_ns <= preempted[-1])
 
     def _emit(self, seq: Sequence, stage: str, batch_size: int, ts_ns: int | None = None) -> None:
-        self.events.request(seq.request_id, stage, seq.num_preemptions, seq.num_prompt_tokens,
-                            seq.num_completion_tokens, batch_size, ts_ns)  # fmt: skip
+        self.events.request(
+            seq.request_id,
+            stage,
+            seq.num_preemptions,
+            seq.num_prompt_tokens,
+            seq.num_completion_tokens,
+            batch_size,
+            ts_ns,
+        )

@@ -54,9 +54,15 @@ class SchedulingPolicy:
     @classmethod
     def from_config(cls, config: EngineConfig) -> SchedulingPolicy:
         """The policy that the settings name."""
-        return cls(RANKINGS[config.policy], config.max_num_seqs, config.max_num_batched_tokens,
-                   config.max_new_requests_per_step, config.prefill_during_decode, config.max_prefill_chunk,
-                   config.schedule_mode)  # fmt: skip
+        return cls(
+            RANKINGS[config.policy],
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_new_requests_per_step,
+            config.prefill_during_decode,
+            config.max_prefill_chunk,
+            config.schedule_mode,
+        )
 
     def queue_key(self, seq: Sequence) -> Rank:
         """The order of waiting and running; requests that only prefill come after all others."""

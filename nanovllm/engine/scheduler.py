@@ -56,8 +56,16 @@ class ScheduledBatch:
 class Scheduler:
     """Continuous batching over `KVState`, ranked by a `SchedulingPolicy`."""
 
-    def __init__(self, policy: SchedulingPolicy, kv: KVState, clock: Clock, events: EventBus,
-                 *, block_size: int, watermark_blocks: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        policy: SchedulingPolicy,
+        kv: KVState,
+        clock: Clock,
+        events: EventBus,
+        *,
+        block_size: int,
+        watermark_blocks: int = 0,
+    ) -> None:
         self.policy, self.kv, self.clock, self.events = policy, kv, clock, events
         self.block_size, self.watermark_blocks = block_size, watermark_blocks
         self.waiting: list[Sequence] = []  # in rank order
@@ -95,8 +103,14 @@ class Scheduler:
         return batch
         # END SOLUTION
 
-    def postprocess(self, seqs: Seq[Sequence], token_ids: Seq[int | None], is_prefill: bool | None = None, *,
-                    finish_check: FinishCheck) -> list[Sequence]:  # fmt: skip
+    def postprocess(
+        self,
+        seqs: Seq[Sequence],
+        token_ids: Seq[int | None],
+        is_prefill: bool | None = None,
+        *,
+        finish_check: FinishCheck,
+    ) -> list[Sequence]:
         """Append what was sampled and end what is complete; returns the sequences that ended.
 
         `token_ids[i]` is None where sequence i has prompt tokens left. `is_prefill` is the course's
@@ -278,4 +292,6 @@ class Scheduler:
         return self.watermark_blocks + len(self.running) + len(self.loading) + reserve
 
     def _emit(self, seq: Sequence, stage: str) -> None:
-        self.events.request(seq.request_id, stage, seq.num_preemptions, seq.num_prompt_tokens, seq.num_completion_tokens)
+        self.events.request(
+            seq.request_id, stage, seq.num_preemptions, seq.num_prompt_tokens, seq.num_completion_tokens
+        )

@@ -9,10 +9,10 @@ Resume view, field by field:
 | field             | when it is lost                              | what goes silently wrong when it is false |
 |-------------------|----------------------------------------------|-------------------------------------------|
 | token_ids         | cannot continue: nothing to compute          | another text is continued                 |
-| num_prompt_tokens | prompt taken for completion: length unknown  | the completion starts at the wrong token, max_tokens ends it early or late |
+| num_prompt_tokens | prompt taken for completion: length unknown  | the completion starts and ends elsewhere  |
 | sampling_params   | cannot continue: no rule to choose or to end | other tokens are chosen, another end      |
 | seed              | cannot continue a sampled request            | sampled text differs from the unmoved run |
-| block_size        | block arithmetic impossible                  | num_blocks disagrees with the receiving pool (refused by `LLMEngine.resume`) |
+| block_size        | block arithmetic impossible                  | num_blocks is wrong; `resume` refuses it   |
 | request_id        | the answer reaches nobody                    | the answer reaches somebody else          |
 | index             | the n samples cannot be told apart           | one sample is returned in another's place |
 | namespace         | cannot be matched: wrong root digest         | KV of another tenant would match          |
@@ -37,8 +37,20 @@ from nanovllm.errors import InvalidRequestError
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
 
-RESUME_FIELDS = ("token_ids", "num_prompt_tokens", "sampling_params", "seed", "block_size", "request_id", "index",
-                 "namespace", "priority", "prefill_only", "segments", "num_preemptions")  # fmt: skip
+RESUME_FIELDS = (
+    "token_ids",
+    "num_prompt_tokens",
+    "sampling_params",
+    "seed",
+    "block_size",
+    "request_id",
+    "index",
+    "namespace",
+    "priority",
+    "prefill_only",
+    "segments",
+    "num_preemptions",
+)
 
 
 def resume_view(seq: Sequence) -> dict[str, Any]:

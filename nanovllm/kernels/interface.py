@@ -74,7 +74,8 @@ class Kernels(Protocol):
         """Everything about a step's attention that does not depend on the layer."""
         ...
 
-    def attention(self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor,
-                  v: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def attention(
+        self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         """Write k, v [N, G, D] into the pool, then attend q [N, H, D] over it: [N, H * D]."""
         ...

@@ -70,12 +70,18 @@ class PagedKernels(ReferenceKernels):
             by_block=pool.view(-1, block_size * head_dim),
             by_token=pool.view(-1, head_dim),
             write_rows=(write * block_size + layout.slot_offsets[:, None]).flatten(),
-            groups=[_decode_group(layout, pool, geometry, starts, members) for members in _similar_lengths(layout, block_size)],
-            chunks=[_chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in np.flatnonzero(layout.query_lens > 1)],
+            groups=[
+                _decode_group(layout, pool, geometry, starts, members)
+                for members in _similar_lengths(layout, block_size)
+            ],
+            chunks=[
+                _chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in np.flatnonzero(layout.query_lens > 1)
+            ],
         )
 
-    def attention(self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor,
-                  v: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def attention(
+        self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         """Store first: a prompt's own keys are read back from its blocks like everybody else's."""
         assert isinstance(plan, PagedPlan)
         self._store(plan, layer, k, v)
@@ -92,7 +98,9 @@ class PagedKernels(ReferenceKernels):
         plan.by_token[first:].index_copy_(0, plan.write_rows, k.reshape(-1, head_dim))
         plan.by_token[first + kv_heads * block_size :].index_copy_(0, plan.write_rows, v.reshape(-1, head_dim))
 
-    def _gather(self, plan: PagedPlan, layer: int, block_rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(
+        self, plan: PagedPlan, layer: int, block_rows: torch.Tensor, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, 2 x [batch, G, T, D]."""
         kv_heads, head_dim = plan.pool.shape[3], plan.pool.shape[5]
         first = layer * 2 * kv_heads
@@ -112,9 +120,14 @@ class PagedKernels(ReferenceKernels):
         """q [L, H, D]."""
         keys, values = self._gather(plan, layer, chunk.block_rows, 1)
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], keys[:, :, : chunk.context], values[:, :, : chunk.context], attn_mask=chunk.mask,
-            is_causal=chunk.mask is None, scale=plan.geometry.scale, enable_gqa=True,
-        )  # fmt: skip
+            q.transpose(0, 1)[None],
+            keys[:, :, : chunk.context],
+            values[:, :, : chunk.context],
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            scale=plan.geometry.scale,
+            enable_gqa=True,
+        )
         return out[0].transpose(0, 1)
 
 
@@ -136,8 +149,9 @@ def _padded_blocks(count: int) -> int:
     return size
 
 
-def _decode_group(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, starts: np.ndarray,
-                  members: np.ndarray) -> DecodeGroup:  # fmt: skip
+def _decode_group(
+    layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, starts: np.ndarray, members: np.ndarray
+) -> DecodeGroup:
     contexts = layout.context_lens[members]
     num_blocks = -(-int(contexts.max()) // pool.shape[4])
     index = torch.from_numpy(members).to(pool.device)

@@ -52,8 +52,9 @@ class ReferenceKernels:
         """Nothing to prepare."""
         return ReferencePlan(layout, pool, geometry)
 
-    def attention(self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor,
-                  v: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def attention(
+        self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
         """Store, then one sequence after the other: gather its blocks, mask, softmax in float32."""
         assert isinstance(plan, ReferencePlan)
         layout, pool = plan.layout, plan.pool
@@ -67,7 +68,9 @@ class ReferenceKernels:
         return out.flatten(1)
 
 
-def gather(pool: torch.Tensor, layer: int, block_table: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(
+    pool: torch.Tensor, layer: int, block_table: torch.Tensor, context: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's keys and values of one sequence: 2 x [G, context, D], copied out of its blocks."""
     num_blocks = -(-context // pool.shape[4])
     kv = pool[block_table[:num_blocks], layer]  # [blocks, 2, G, block_size, D]

@@ -60,16 +60,24 @@ def set_threads(count: int | None) -> None:
     if count is None:
         return
     if _chosen_threads not in (None, count):
-        raise ConfigError(f"This process already computes with {_chosen_threads} threads.", param="num_threads",
-                          hint="Thread count belongs to the process: leave num_threads out in the second engine.")  # fmt: skip
+        raise ConfigError(
+            f"This process already computes with {_chosen_threads} threads.",
+            param="num_threads",
+            hint="Thread count belongs to the process: leave num_threads out in the second engine.",
+        )
     torch.set_num_threads(count)
     _chosen_threads = count
 
 
 def _arm_has_bfloat16() -> bool:
     if platform.system() == "Darwin":
-        asked = subprocess.run(["/usr/sbin/sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True,
-                               timeout=5, check=False)  # fmt: skip
+        asked = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", "hw.optional.arm.FEAT_BF16"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
         return asked.stdout.strip() == "1"
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:

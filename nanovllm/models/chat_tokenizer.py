@@ -140,9 +140,7 @@ class ChatTokenizer(ABC):
 def check_messages(messages: Messages) -> None:
     """Raise InvalidRequestError unless `messages` is a list of objects that have a string role."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise InvalidRequestError(
-            "messages must be a list.", param="messages", hint="Wrap the message in a list."
-        )
+        raise InvalidRequestError("messages must be a list.", param="messages", hint="Wrap the message in a list.")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(

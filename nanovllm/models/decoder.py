@@ -39,9 +39,7 @@ class DecoderLayer:
 class WeightReader:
     """Reads tensors in the compute dtype onto the device, and packs linears."""
 
-    def __init__(
-        self, source: WeightSource, kernels: Kernels, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, source: WeightSource, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.kernels, self.dtype, self.device = source, kernels, dtype, device
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -58,8 +56,9 @@ class WeightReader:
 class DecoderModel:
     """Llama's layer; subclasses change how q, k and v come about."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource, kernels: Kernels, dtype: torch.dtype,
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self, config: ModelConfig, source: WeightSource, kernels: Kernels, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.config, self.kernels = config, kernels
         reader = WeightReader(source, kernels, dtype, device)
         self.embedding = reader.tensor("model.embed_tokens.weight")  # [vocab, hidden]
@@ -68,8 +67,9 @@ class DecoderModel:
         head = self.embedding if config.tie_word_embeddings else reader.tensor("lm_head.weight")
         self.head = kernels.linear(head, None)  # [M, hidden] -> [M, vocab]
         self.cos, self.sin = rotary_tables(config, dtype, device)
-        self.geometry = AttentionGeometry(config.num_heads, config.num_kv_heads, config.head_dim,
-                                          config.attention_scale, config.sliding_window)  # fmt: skip
+        self.geometry = AttentionGeometry(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.attention_scale, config.sliding_window
+        )
 
     def read_layer(self, reader: WeightReader, i: int) -> DecoderLayer:
         """Layer `i` by its Hugging Face names."""
@@ -86,8 +86,9 @@ class DecoderModel:
             k_norm=reader.tensor(f"{attention}.k_norm.weight") if config.qk_norm else None,
         )
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan,
-                last: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
+    ) -> torch.Tensor:
         """token_ids, positions [N]; `last` [M] are the tokens whose successor is wanted. Returns logits [M, vocab]."""
         x = F.embedding(token_ids, self.embedding)  # [N, hidden]
         cos, sin = self.cos[positions], self.sin[positions]  # [N, 1, D / 2]
@@ -96,8 +97,9 @@ class DecoderModel:
             x = x + layer.down(self.kernels.silu_mul(layer.gate_up(self.norm(x, layer.post_norm))))
         return self.head(self.norm(x[last], self.final_norm))
 
-    def attend(self, i: int, layer: DecoderLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-               plan: AttentionPlan) -> torch.Tensor:  # fmt: skip
+    def attend(
+        self, i: int, layer: DecoderLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
         """Attention of layer `i`: x [N, hidden] -> [N, hidden]."""
         qk, v = self.project_qkv(layer, x)
         qk = self.kernels.rope(qk, cos, sin)
@@ -116,9 +118,7 @@ class DecoderModel:
         return self.kernels.rms_norm(x, weight, self.config.rms_norm_eps)
 
 
-def rotary_tables(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position * inv_freq, computed in float32: 2 x [max_position, 1, D / 2]."""
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.inv_freq())[:, None, :]
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

@@ -124,9 +124,7 @@ class _Cursor:
         count = self.count(_SMALLEST_ITEM.get(kind, 1), "array items")
         self.items_left -= count
         if depth > MAX_NESTING or self.items_left < 0:
-            raise self.bad(
-                f"its arrays are nested deeper than {MAX_NESTING} or longer than {MAX_ARRAY_ITEMS}"
-            )
+            raise self.bad(f"its arrays are nested deeper than {MAX_NESTING} or longer than {MAX_ARRAY_ITEMS}")
         if kind in _SMALLEST_ITEM:
             return [self.value(kind, depth) for _ in range(count)]
         return self._numbers(kind, count)
@@ -163,9 +161,7 @@ def _record(cursor: _Cursor) -> TensorInfo:
         raise cursor.bad(f"tensor {name[:80]!r} has dimensions {dims}")
     number, offset = cursor.unsigned(4), cursor.unsigned(8)
     if number not in set(GGMLQuantizationType):
-        raise UnsupportedModelError(
-            f"Tensor {name[:80]!r} has the unknown type {number}.", hint="Update or convert."
-        )
+        raise UnsupportedModelError(f"Tensor {name[:80]!r} has the unknown type {number}.", hint="Update or convert.")
     kind = GGMLQuantizationType(number)
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     if dims[0] % per_block:
@@ -174,9 +170,7 @@ def _record(cursor: _Cursor) -> TensorInfo:
     return TensorInfo(name, dims[::-1], kind, offset, size)  # GGUF lists the fastest dimension first
 
 
-def _place(
-    records: list[TensorInfo], data_start: int, alignment: int, cursor: _Cursor
-) -> dict[str, TensorInfo]:
+def _place(records: list[TensorInfo], data_start: int, alignment: int, cursor: _Cursor) -> dict[str, TensorInfo]:
     """Turn relative offsets into absolute ones, refusing any that are unaligned, outside or overlapping."""
     tensors: dict[str, TensorInfo] = {}
     end = data_start

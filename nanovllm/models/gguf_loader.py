@@ -68,9 +68,7 @@ class GGUFSource:
             with path.open("rb") as handle:
                 self._data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
-            raise ModelFileError(
-                f"{path} cannot be read: {error}.", param=str(path), hint="Check it."
-            ) from error
+            raise ModelFileError(f"{path} cannot be read: {error}.", param=str(path), hint="Check it.") from error
         header = parse_header(self._data)
         self.metadata: dict[str, Any] = header.metadata
         self._header_length = header.length
@@ -102,9 +100,7 @@ class GGUFSource:
         if self._rope_factors is None:
             return None
         if self._rope_factors.type != Q.F32 or self._rope_factors.size > 2**16:
-            raise ModelFileError(
-                f"{_ROPE_FACTORS} is not a short float32 vector.", hint="Download the file again."
-            )
+            raise ModelFileError(f"{_ROPE_FACTORS} is not a short float32 vector.", hint="Download the file again.")
         return self._read(self._rope_factors).flatten().tolist()
 
     def fingerprint(self) -> str:
@@ -150,8 +146,6 @@ def _half_split(tensor: torch.Tensor, heads: int, name: str) -> torch.Tensor:
     in llama.cpp's convert_hf_to_gguf.py, of which this is the inverse.
     """
     if tensor.shape[0] % (2 * heads):
-        raise ModelFileError(
-            f"Tensor {name!r} has {tensor.shape[0]} rows, not {heads} even heads.", param=name
-        )
+        raise ModelFileError(f"Tensor {name!r} has {tensor.shape[0]} rows, not {heads} even heads.", param=name)
     pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)

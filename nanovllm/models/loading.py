@@ -89,12 +89,14 @@ def _load_gguf(path: Path, source: str) -> LoadedModel:
 
 def _load_directory(path: Path, source: str) -> LoadedModel:
     if not any(path.iterdir()):
-        raise ModelNotFoundError(f"The directory {path} is empty.", param="model", hint="Download a model into it.")
+        raise ModelNotFoundError(
+            f"The directory {path} is empty.", param="model", hint="Download a model into it."
+        )
     if not (path / "config.json").is_file():
         raise ModelFileError(
             f"The directory {path} has no config.json.",
             param="model",
-            hint="Point to a Hugging Face model directory, or to a .gguf file.",
+            hint="Point to a Hugging Face model directory, or to the .gguf file itself.",
         )
     generation = read_json(path / "generation_config.json", missing={})
     config = ModelConfig.from_hf(read_json(path / "config.json"), generation)

@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import write_gguf
 from gguf import GGMLQuantizationType as Q
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from model_files import write_gguf
 
 from nanovllm.errors import ModelFileError, NanoVLLMError, UnsupportedModelError
 from nanovllm.models.gguf_loader import GGUFSource, hf_name

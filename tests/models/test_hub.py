@@ -178,7 +178,7 @@ def test_hub_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[Any] = []
 
-    def snapshot(repository: str, *, allow_patterns: list[str], tqdm_class: Any) -> str:
+    def snapshot(repository: str, *, allow_patterns: list[str], **_: Any) -> str:
         asked.append((repository, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
         return str(tmp_path)
 
@@ -194,6 +194,16 @@ def test_hub_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("org/name") == tmp_path
     assert resolve("org/name/sub/m.gguf") == tmp_path / "m.gguf"
     assert asked == [("org/name", True, False)] * 2 + [("org/name", "sub/m.gguf")]
+
+
+def test_the_hub_knows_our_arguments() -> None:
+    import inspect
+
+    import huggingface_hub
+
+    snapshot = inspect.signature(huggingface_hub.snapshot_download).parameters
+    assert {"allow_patterns", "ignore_patterns", "tqdm_class"} <= snapshot.keys()
+    assert "tqdm_class" in inspect.signature(huggingface_hub.hf_hub_download).parameters
 
 
 def test_quiet_bar() -> None:

@@ -206,6 +206,8 @@ def test_gguf_features() -> None:
         ModelConfig.from_gguf(GGUF | {"general.architecture": "gemma"})
     with pytest.raises(UnsupportedModelError, match="expert_count"):
         ModelConfig.from_gguf(GGUF | {"llama.expert_count": 8})
+    with pytest.raises(UnsupportedModelError, match="split into 3"):
+        ModelConfig.from_gguf(GGUF | {"split.count": 3})
     with pytest.raises(UnsupportedModelError, match="longrope"):
         ModelConfig.from_gguf(
             GGUF | {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import byte_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers, processors
+from model_files import byte_vocabulary
 from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers, processors
 
 from nanovllm.errors import InvalidRequestError, ModelFileError, NanoVLLMError, UnsupportedModelError
 from nanovllm.models.byte_tokenizer import ByteTokenizer

@@ -18,6 +18,8 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 
 Digest = bytes
+ChainLink = tuple[int, int]  # a link of the chain where it lies: (block_id, life of that block)
+CHAIN_ROOT: ChainLink = (-1, 0)
 DigestFn = Callable[[Digest, Sequence[int]], Digest]
 
 

@@ -44,6 +44,7 @@ class Timeline:
     prefill_runs: list[Run] = field(default_factory=list)
     preempted_ns: list[int] = field(default_factory=list)
     state_wait_ns: int = 0
+    num_handed_over: int = 0  # tokens the caller has
     label: str = "measured"
 
     @property

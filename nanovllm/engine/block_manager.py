@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nanovllm.core.digest import DigestFn, block_digest
+from nanovllm.core.digest import CHAIN_ROOT, ChainLink, DigestFn, block_digest
 from nanovllm.core.events import EventBus
 from nanovllm.engine.eviction import EvictionPolicy, FreeBlocks, LRUEviction
 from nanovllm.engine.prefix_index import Block, PrefixIndex
-from nanovllm.engine.sequence import CHAIN_ROOT, ChainLink, Sequence
+from nanovllm.engine.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)

@@ -40,7 +40,8 @@ class PoolSize:
         c = self.config
         return (
             f"KV pool: {self.budget_bytes:,} bytes ({self.source}) / "
-            f"(2 x {c.num_layers} layers x {c.num_kv_heads} KV heads x {self.block_size} tokens x {c.head_dim} x {self.dtype_bytes} B = {self.block_bytes:,} bytes a block) "
+            f"(2 x {c.num_layers} layers x {c.num_kv_heads} KV heads x {self.block_size} tokens x {c.head_dim} "
+            f"x {self.dtype_bytes} B = {self.block_bytes:,} bytes a block) "
             f"= {self.num_blocks:,} blocks = {self.num_blocks * self.block_size:,} tokens"
         )
 

@@ -23,7 +23,8 @@ from nanovllm.engine.exec_batch import ExecBatch, ExecResult, samples_next
 from nanovllm.engine.intake import Intake, Prompt
 from nanovllm.engine.marks import StepMarks
 from nanovllm.engine.model_runner import Runner
-from nanovllm.engine.outputs import RequestOutput, SequenceOutput, StepOutput
+from nanovllm.engine.outputs import RequestOutput, StepOutput
+from nanovllm.engine.request_book import RequestBook
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import (
@@ -34,16 +35,6 @@ from nanovllm.errors import (
     OutOfMemoryError,
     RequestNotFoundError,
 )
-
-
-@dataclass
-class Request:
-    """What the engine keeps of a request: its n sequences and their growing outputs."""
-
-    request_id: str
-    outputs: list[SequenceOutput]
-    template_tokens: int | None = None
-    error: NanoVLLMError | None = None
 
 
 @dataclass
@@ -61,7 +52,6 @@ class EngineParts:
     seed: int = 0
     device_tier: DeviceTier | None = None
     label: str = "measured"
-    close: Callable[[], None] = lambda: None
 
 
 class LLMEngine:
@@ -72,8 +62,7 @@ class LLMEngine:
         self.scheduler, self.runner, self.intake = parts.scheduler, parts.runner, parts.intake
         self.clock, self.events = parts.clock, parts.events
         self.marks = StepMarks(parts.clock, parts.events)
-        self.requests: dict[str, Request] = {}
-        self._outputs: dict[Sequence, SequenceOutput] = {}
+        self.book = RequestBook(parts.tokenizer)
         self._ended: list[Sequence] = []  # ended since the last emit
         self._commands: deque[Callable[[], object]] = deque()
         self._num_requests = self._num_seqs = 0
@@ -132,18 +121,17 @@ class LLMEngine:
 
     def abort(self, request_id: str) -> bool:
         """End a request now and give its blocks back; False if it is unknown or has ended. Safe to repeat."""
-        request = self.requests.get(request_id)
-        live = [out.seq for out in request.outputs if not out.seq.is_finished] if request else []
+        live = self.book.sequences(request_id)
         for seq in live:
             self._end(seq, SequenceStatus.ABORTED, "abort")
         return bool(live)
 
     def promote(self, request_id: str) -> None:
         """Let a prefill-only request go on to decode. Raises RequestNotFoundError once it has ended."""
-        if request_id not in self.requests:
+        if request_id not in self.book:
             raise RequestNotFoundError(f"There is no live request {request_id!r}.", param="request_id")
-        for out in self.requests[request_id].outputs:
-            self.scheduler.promote(out.seq)
+        for seq in self.book.sequences(request_id):
+            self.scheduler.promote(seq)
 
     def post(self, command: Callable[[], object]) -> None:
         """Have `command` called between two steps; may be called from any thread."""
@@ -166,7 +154,7 @@ class LLMEngine:
         if result is not None:
             token_ids = self._tokens_by_sequence(batch, result)
             self._commit(batch)  # publish full blocks
-            self._ended += self.scheduler.postprocess(batch.seqs, token_ids, finish_check=self._finish_check)
+            self._ended += self.scheduler.postprocess(batch.seqs, token_ids, finish_check=self.book.finish_check)
         return self._emit(batch.seqs)
         # END SOLUTION
 
@@ -185,10 +173,10 @@ class LLMEngine:
     def close(self) -> None:
         """Abort what lives and release model and pool; a second call does nothing."""
         if not self._is_closed:
-            for request_id in list(self.requests):
+            for request_id in self.book.request_ids:
                 self.abort(request_id)
             self._is_closed = True
-            self.parts.close()
+            del self.runner, self.parts.runner, self.parts.device_tier
 
     # -- the steps of a step -----------------------------------------------------------------------
 
@@ -208,7 +196,7 @@ class LLMEngine:
             failure = ExecutionError(f"The step failed: {type(error).__name__}: {error}.")
             failure.__cause__ = error
             for seq in batch.seqs:
-                self.requests[seq.request_id].error = failure
+                self.book.note_failure(seq, failure)
                 self._end(seq, SequenceStatus.FAILED, "error")
             return None
         self.marks.collected(batch)
@@ -221,7 +209,7 @@ class LLMEngine:
         for seq in batch.seqs:
             token_id, logprobs = next(rows) if samples_next(seq) else (None, None)
             if logprobs is not None:
-                self._outputs[seq].add_logprobs(logprobs)
+                self.book.add_logprobs(seq, logprobs)
             tokens.append(token_id)
         return tokens
 
@@ -229,23 +217,15 @@ class LLMEngine:
         for seq in batch.seqs:
             self.scheduler.kv.commit(seq)
 
-    def _finish_check(self, seq: Sequence, token_id: int) -> str | None:
-        return self._outputs[seq].finish_check(token_id)
-
     def _emit(self, seqs: list[Sequence]) -> list[StepOutput]:
         """Hand over what is new of the sequences that ran, and of those that ended beside them."""
         ended, self._ended = self._ended, []
         outputs = []
-        for seq in [*(s for s in seqs if s not in ended), *ended]:
-            output = self._outputs[seq]
-            if seq in ended:
-                self._finish(seq, output)
-            tokens, text, logprobs = output.take()
-            if tokens:
-                self.marks.handed_over(seq)
-            if tokens or seq.is_finished:
-                final = self._final(seq)
-                outputs.append(StepOutput(seq.request_id, seq.index, tokens, text, seq.finish_reason, logprobs, final))
+        for seq in [*(s for s in seqs if not s.is_finished), *ended]:
+            self.marks.handed_over(seq)
+            output = self.book.take(seq)
+            if output is not None:
+                outputs.append(output)
         return outputs
 
     def _emit_idle(self) -> list[StepOutput]:
@@ -253,7 +233,7 @@ class LLMEngine:
         scheduler = self.scheduler
         if scheduler.waiting and not scheduler.running and not scheduler.loading:
             seq = scheduler.waiting[0]
-            self.requests[seq.request_id].error = OutOfMemoryError("Pinned state leaves no room for the request.")
+            self.book.note_failure(seq, OutOfMemoryError("Pinned state leaves no room for the request."))
             self._end(seq, SequenceStatus.FAILED, "error")
         return self._emit([])
 
@@ -265,7 +245,7 @@ class LLMEngine:
         if request_id is None:
             self._num_requests += 1
             return f"req-{self._num_requests}"
-        if request_id in self.requests:
+        if request_id in self.book:
             raise InvalidRequestError(f"request_id {request_id!r} is in use.", param="request_id")
         return request_id
 
@@ -290,10 +270,8 @@ class LLMEngine:
         seq.timeline = Timeline(arrival_ns, label=self.parts.label)
 
     def _enqueue(self, request_id: str, seqs: list[Sequence], template_tokens: int | None) -> None:
-        outputs = [SequenceOutput(seq, self.parts.tokenizer) for seq in seqs]
-        self.requests[request_id] = Request(request_id, outputs, template_tokens)
-        for seq, output in zip(seqs, outputs, strict=True):
-            self._outputs[seq] = output
+        self.book.open(request_id, seqs, template_tokens)
+        for seq in seqs:
             seq.timeline.queued_ns = self.clock.now_ns()
             self.scheduler.add(seq)
 
@@ -301,29 +279,3 @@ class LLMEngine:
         self.scheduler.end(seq, status)
         seq.finish_reason = reason
         self._ended.append(seq)
-
-    def _finish(self, seq: Sequence, output: SequenceOutput) -> None:
-        stages = {SequenceStatus.ABORTED: "aborted", SequenceStatus.FAILED: "failed"}
-        output.finish(seq.finish_reason or "stop")
-        self.marks.ended(seq, stages.get(seq.status, "output_complete"))
-
-    def _final(self, seq: Sequence) -> RequestOutput | None:
-        """The whole request, when `seq` was the last of it to be handed over; the engine forgets it then."""
-        if not seq.is_finished:
-            return None
-        del self._outputs[seq]
-        request = self.requests[seq.request_id]
-        if any(output.seq in self._outputs for output in request.outputs):
-            return None
-        del self.requests[seq.request_id]
-        first = request.outputs[0].seq
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
-            cached_tokens=first.num_hit_tokens,
-            potential_cached_tokens=first.num_potential_hit_tokens,
-            template_tokens=request.template_tokens,
-            segments=first.segments,
-            completions=[output.completion for output in request.outputs],
-            error=request.error,
-        )

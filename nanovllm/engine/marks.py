@@ -11,7 +11,9 @@ from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
 from nanovllm.core.timeline import Run
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+
+ENDS = {SequenceStatus.ABORTED: "aborted", SequenceStatus.FAILED: "failed"}
 
 
 class StepMarks:
@@ -55,16 +57,16 @@ class StepMarks:
                 seq.timeline.token_ns.append(now_ns)
 
     def handed_over(self, seq: Sequence) -> None:
-        """The caller has the sequence's newest token."""
-        now_ns = self.clock.now_ns()
-        if seq.timeline.first_handover_ns is None:
-            seq.timeline.first_handover_ns = now_ns
-        seq.timeline.last_handover_ns = now_ns
-
-    def ended(self, seq: Sequence, stage: str) -> None:
-        """The sequence reached its terminal stage and its blocks are back."""
-        self._emit(seq, stage, 0)
-        self._emit(seq, "state_released", 0)
+        """The caller is given what is new of `seq`, which may be its end."""
+        now_ns, timeline = self.clock.now_ns(), seq.timeline
+        if timeline.num_handed_over < len(timeline.token_ns):
+            timeline.num_handed_over = len(timeline.token_ns)
+            if timeline.first_handover_ns is None:
+                timeline.first_handover_ns = now_ns
+            timeline.last_handover_ns = now_ns
+        if seq.is_finished:
+            self._emit(seq, ENDS.get(seq.status, "output_complete"), 0)
+            self._emit(seq, "state_released", 0)
 
     def _is_first_chunk(self, seq: Sequence) -> bool:
         """First of this epoch: no run since the last preemption."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanovllm.core.digest import Digest, DigestFn, block_digest
+from nanovllm.core.digest import CHAIN_ROOT, ChainLink, Digest, DigestFn, block_digest
 from nanovllm.core.events import EventBus
-from nanovllm.engine.sequence import CHAIN_ROOT, ChainLink, Sequence
+from nanovllm.engine.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from nanovllm.core.digest import CHAIN_ROOT, ChainLink
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.segments import SegmentSpan
 from nanovllm.core.timeline import Timeline
@@ -32,9 +33,6 @@ class SequenceStatus(Enum):
     ABORTED = "aborted"
     FAILED = "failed"
 
-
-ChainLink = tuple[int, int]  # names a published block by (block_id, life)
-CHAIN_ROOT: ChainLink = (-1, 0)
 
 _S = SequenceStatus
 _ENDS = frozenset({_S.FINISHED, _S.ABORTED, _S.FAILED})

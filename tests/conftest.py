@@ -13,3 +13,10 @@ from nanovllm.models.hub import resolve
 def smollm2_path() -> Path:
     """The SmolLM2 GGUF file, downloaded once into the cache."""
     return resolve("smollm2", progress=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that needs the default model, so that `-m "not model"` runs without a network."""
+    for item in items:
+        if "smollm2_path" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.model)

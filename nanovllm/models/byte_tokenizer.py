@@ -29,7 +29,8 @@ class ByteTokenizer(ChatTokenizer):
     def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> list[int]:
         check_unicode(text)
         ids = self._encode_guarded(text, "") if parse_special else list(text.encode())
-        return [self.bos_token_id, *ids] if add_bos and ids[:1] != [self.bos_token_id] else ids
+        bos = SPECIAL_TOKENS["<|bos|>"]
+        return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         kept = (self._piece(token_id) for token_id in ids if not skip_special_tokens or token_id < 256)

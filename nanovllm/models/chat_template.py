@@ -90,7 +90,7 @@ def _repeated_length(left: Any, right: Any) -> int:
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it only renders."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """The enclosed statements themselves."""

@@ -147,17 +147,13 @@ class ChatTokenizer(ABC):
 
     def _begins_special(self, text: str) -> bool:
         """Whether a special spelling starts at the end of `text`, for the next string to finish."""
-        return any(
-            text[-n:] in self._beginnings for n in range(1, min(self._longest_beginning, len(text)) + 1)
-        )
+        return any(text[-n:] in self._beginnings for n in range(1, min(self._longest_beginning, len(text)) + 1))
 
 
 def check_messages(messages: Messages) -> None:
     """Raise InvalidRequestError unless `messages` is a list of objects that have a string role."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise InvalidRequestError(
-            "messages must be a list.", param="messages", hint="Wrap the message in a list."
-        )
+        raise InvalidRequestError("messages must be a list.", param="messages", hint="Wrap the message in a list.")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(
@@ -199,8 +195,8 @@ def _unused_character(value: Any) -> str:
 
 def _contents(messages: Messages) -> list[str]:
     """The texts of the messages, whether content is a string or a list of text parts."""
-    texts: list[str] = []
+    texts: list[Any] = []
     for content in (message.get("content") for message in messages):
         parts = content if isinstance(content, list | tuple) else [{"text": content}]
-        texts += [p["text"] for p in parts if isinstance(p, Mapping) and isinstance(p.get("text"), str)]
-    return texts
+        texts += [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return [text for text in texts if isinstance(text, str)]

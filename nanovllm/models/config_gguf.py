@@ -63,8 +63,7 @@ def _dimensions(fields: Fields, metadata: Mapping[str, Any]) -> dict[str, int]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab = len(tokens) if isinstance(tokens, list) else None
     return {
-        "vocab_size": fields.integer("vocab_size", vocab, high=limits.MAX_VOCAB)
-        or fields.integer("vocab_size"),
+        "vocab_size": fields.integer("vocab_size", vocab, high=limits.MAX_VOCAB) or fields.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.integer("feed_forward_length", high=limits.MAX_WIDTH),
         "num_layers": fields.integer("block_count", high=limits.MAX_LAYERS),

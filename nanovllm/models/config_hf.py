@@ -34,9 +34,7 @@ def parse(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str,
     architecture = _MODEL_TYPES[model_type]
     _refuse_features(fields, architecture)
     dimensions = _dimensions(fields, model_type)
-    positions = fields.integer(
-        "max_position_embeddings", _DEFAULT_POSITIONS[model_type], high=limits.MAX_POSITIONS
-    )
+    positions = fields.integer("max_position_embeddings", _DEFAULT_POSITIONS[model_type], high=limits.MAX_POSITIONS)
     theta, scaling = _rope(fields, positions)
     if scaling and scaling.kind == "yarn":  # published with the unextended length; the extension is the point
         positions = max(positions, int(scaling.original_max_position * scaling.factor))

@@ -54,24 +54,26 @@ def _from_hub(model: str, progress: bool) -> Path:
     from tqdm import tqdm
 
     organisation, name, *rest = model.split("/")
-    repository, quiet = f"{organisation}/{name}", None if progress else _quiet(tqdm)
+    file = "/".join(rest)
     try:
-        if rest:
-            return Path(huggingface_hub.hf_hub_download(repository, "/".join(rest), tqdm_class=quiet))
         folder = huggingface_hub.snapshot_download(
-            repository, allow_patterns=_PATTERNS, ignore_patterns=["*/*"], tqdm_class=quiet
+            f"{organisation}/{name}",
+            allow_patterns=[file] if file else _PATTERNS,
+            ignore_patterns=None if file else ["*/*"],
+            tqdm_class=None if progress else _quiet(tqdm),
         )
     except Exception as error:  # network, DNS, HTTP and cache errors have no common base
         raise _not_found(
             f"{model} cannot be fetched from the Hugging Face hub ({type(error).__name__}).",
             "Check its spelling and the network, or point to a directory or .gguf file.",
         ) from error
-    if not any(Path(folder).glob("*.safetensors")):
-        raise _not_found(
-            f"{model} has no safetensors weights.",
-            "For a GGUF repository, name one file: org/name/FILE.gguf.",
-        )
-    return Path(folder)
+    path = Path(folder, file)
+    if path.is_file() or (not file and any(path.glob("*.safetensors"))):
+        return path
+    raise _not_found(
+        f"{model} was not found among that repository's files, or has no safetensors weights.",
+        "For a GGUF repository, name one of its files: org/name/FILE.gguf.",
+    )
 
 
 def _quiet(base: type) -> type:
@@ -90,11 +92,7 @@ def _unknown(model: str) -> ModelNotFoundError:
     near = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.6)
     looks_like_path = "/" in model or model.endswith(".gguf")
     what = "There is no file or directory" if looks_like_path else "There is no model"
-    hint = (
-        f"Did you mean {near[0]}?"
-        if near
-        else f"Known names are {', '.join(known)}; or give a path or a hub id."
-    )
+    hint = f"Did you mean {near[0]}?" if near else f"Known names are {', '.join(known)}; or give a path or a hub id."
     return _not_found(f"{what} {shown!r}.", hint)
 
 

@@ -89,9 +89,7 @@ def _load_gguf(path: Path, source: str) -> LoadedModel:
 
 def _load_directory(path: Path, source: str) -> LoadedModel:
     if not any(path.iterdir()):
-        raise ModelNotFoundError(
-            f"The directory {path} is empty.", param="model", hint="Download a model into it."
-        )
+        raise ModelNotFoundError(f"The directory {path} is empty.", param="model", hint="Download a model into it.")
     if not (path / "config.json").is_file():
         raise ModelFileError(
             f"The directory {path} has no config.json.",

@@ -14,8 +14,9 @@ import math
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors
 import torch
@@ -134,7 +135,7 @@ def _read_header(file: Path) -> tuple[dict[str, _Entry], bytes]:
     table.pop("__metadata__", None)
     entries = {name: _entry(file, name, spec, 8 + length, size) for name, spec in table.items()}
     ordered = sorted(entries.items(), key=lambda item: item[1].start)
-    for (name, entry), (other, following) in zip(ordered, ordered[1:], strict=False):
+    for (name, entry), (other, following) in pairwise(ordered):
         if following.start < entry.end:
             raise _bad(file, f"tensors {name!r} and {other!r} overlap")
     return entries, header
@@ -145,18 +146,19 @@ def _entry(file: Path, name: str, spec: Any, data_start: int, size: int) -> _Ent
     if not isinstance(spec, dict):
         raise _bad(file, f"the record of {name!r} is not an object")
     dtype, shape, offsets = spec.get("dtype"), spec.get("shape"), spec.get("data_offsets")
-    if dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise unsupported(f"tensor type {dtype!r} ({name})", f"Supported are {', '.join(_ITEM_BYTES)}.")
     if not _naturals(shape, MAX_RANK) or math.prod(shape) > MAX_ELEMENTS:
         raise _bad(file, f"tensor {name!r} has shape {str(shape)[:80]}")
     if not _naturals(offsets, 2) or len(offsets) != 2 or offsets[1] > size - data_start:
         raise _bad(file, f"tensor {name!r} has offsets {str(offsets)[:80]}, outside the file")
-    if offsets[1] - offsets[0] != math.prod(shape) * _ITEM_BYTES[dtype]:
-        raise _bad(file, f"tensor {name!r} has {offsets[1] - offsets[0]} bytes, not those of {dtype} {shape}")
-    return _Entry(file, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    start, end = offsets
+    if end - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise _bad(file, f"tensor {name!r} has {end - start} bytes, not those of {dtype} {shape}")
+    return _Entry(file, tuple(shape), data_start + start, data_start + end)
 
 
-def _naturals(values: Any, most: int) -> bool:
+def _naturals(values: Any, most: int) -> TypeGuard[list[int]]:
     """Whether `values` is a list of at most `most` integers in [0, 2**48]."""
     return (
         isinstance(values, list)

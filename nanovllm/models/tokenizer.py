@@ -86,17 +86,21 @@ class Tokenizer(ChatTokenizer):
         """The second backend, and the map from its alias ids to the real ones."""
         plain = Backend.from_str(self._backend.to_str())
         plain.encode_special_tokens = True
-        for token in (token for token in added.values() if token.special):
-            alias = AddedToken(
-                self._aliases[token.content],
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                normalized=False,
-                special=False,
-            )
-            plain.add_tokens([alias])
-        return plain, {plain.token_to_id(self._aliases[s]): i for s, i in self.special_tokens.items()}
+        specials = {token_id: token for token_id, token in added.items() if token.special}
+        plain.add_tokens([self._alias(token) for token in specials.values()])
+        alias_ids = {token.content: alias_id for alias_id, token in plain.get_added_tokens_decoder().items()}
+        return plain, {alias_ids[self._aliases[token.content]]: i for i, token in specials.items()}
+
+    def _alias(self, token: AddedToken) -> AddedToken:
+        """A token that matches where `token` would, but is not special."""
+        return AddedToken(
+            self._aliases[token.content],
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=False,
+            special=False,
+        )
 
     def _encode_guarded(self, text: str, sentinel: str) -> list[int]:
         check_unicode(text)

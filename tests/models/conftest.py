@@ -46,9 +46,7 @@ def tiny_directory(tmp_path: Path, tiny: ModelConfig) -> Path:
 def gguf_of(tmp_path: Path) -> Callable[..., Path]:
     """Write a GGUF with named arrays of given ggml types: name -> (array, type or None)."""
 
-    def write(
-        tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]], arch: str = "qwen2"
-    ) -> Path:
+    def write(tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]], arch: str = "qwen2") -> Path:
         path = tmp_path / "arrays.gguf"
         writer = gguf.GGUFWriter(path, arch)
         for name, (array, kind) in tensors.items():

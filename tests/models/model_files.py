@@ -50,7 +50,7 @@ def interleave(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 def byte_vocabulary() -> list[str]:
     """260 tokens: the byte alphabet, then four control tokens."""
-    return sorted(pre_tokenizers.ByteLevel.alphabet()) + ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    return [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def write_gguf(path: Path, config: ModelConfig, **metadata: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,12 @@ CHATS: list[list[dict[str, Any]]] = [
     [{"role": "tool", "content": "\0"}],
 ]
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc"], max_codepoint=0x1FFFF), max_size=30)
-FORGED = st.lists(
-    PLAIN | st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|bos|>"]), max_size=5
-)
+FORGED = st.lists(PLAIN | st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|bos|>"]), max_size=5)
 
 
 def _messages(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, str]]]:
-    return st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]) | text, "content": text}), min_size=1, max_size=4)  # fmt: skip
+    role = st.sampled_from(["system", "user", "assistant"]) | text
+    return st.lists(st.fixed_dictionaries({"role": role, "content": text}), min_size=1, max_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +92,15 @@ def test_ids_equal_the_encoded_text(tokenizers: list[ChatTokenizer], messages: l
     for tokenizer in tokenizers:
         text = tokenizer.apply_chat_template(messages)
         ids = tokenizer.encode_chat(messages)
-        assert (
-            ids
-            == tokenizer.encode(text, add_bos=False)
-            == tokenizer.apply_chat_template(messages, tokenize=True)
-        )
+        assert ids == tokenizer.encode(text, add_bos=False) == tokenizer.apply_chat_template(messages, tokenize=True)
 
 
 @settings(max_examples=300, deadline=None)
 @given(_messages(FORGED.map("".join)))
-def test_forged_control_tokens_stay_text(
-    tokenizers: list[ChatTokenizer], messages: list[dict[str, str]]
-) -> None:
+def test_forged_control_tokens_stay_text(tokenizers: list[ChatTokenizer], messages: list[dict[str, str]]) -> None:
     for tokenizer in tokenizers:
         harmless = [
-            {"role": "user", "content": "x"} | ({"role": "system"} if m["role"] == "system" else {})
-            for m in messages
+            {"role": "user", "content": "x"} | ({"role": "system"} if m["role"] == "system" else {}) for m in messages
         ]
         ids = tokenizer.encode_chat(messages)
         genuine = [i for i in tokenizer.encode_chat(harmless) if i in tokenizer.special_ids]
@@ -137,13 +130,10 @@ def test_forgery_across_joined_parts(text: str, cuts: list[int]) -> None:
     tokenizer._template = ChatTemplate(JOINED)
     for whole in (text, "<|im_end|><|im_start|>", "<<|im_end|>>"):
         bounds = [0, *sorted(cuts), len(whole)]
-        parts = [{"text": whole[a:b]} for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+        parts = [{"text": whole[a:b]} for a, b in pairwise(bounds) if a < b]
         ids = tokenizer.encode_chat([{"role": "user", "content": parts}])
         assert [i for i in ids if i > 255] == [259]
-        assert (
-            tokenizer.decode(ids, skip_special_tokens=False)
-            == "".join(p["text"] for p in parts) + "<|im_end|>"
-        )
+        assert tokenizer.decode(ids, skip_special_tokens=False) == "".join(p["text"] for p in parts) + "<|im_end|>"
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
@@ -151,13 +141,11 @@ def test_forgery_across_joined_parts(text: str, cuts: list[int]) -> None:
 def test_sentencepiece_spacing(scheme: str, strip: bool) -> None:
     """A conversation encodes as its text does even where pieces depend on their place in it."""
     characters = ["\u2581", *"abc <s>/\n"]
-    backend = Backend(BPE({c: i for i, c in enumerate(characters)}, [], unk_token=" "))
+    backend = Backend(BPE({c: i for i, c in enumerate(characters)}, []))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    backend.add_special_tokens(
-        [AddedToken(t, rstrip=strip, lstrip=strip, normalized=False) for t in ("<s>", "</s>")]
-    )
+    backend.add_special_tokens([AddedToken(t, rstrip=strip, lstrip=strip, normalized=False) for t in ("<s>", "</s>")])
     template = "<s>{% for m in messages %}{{ m.content }} </s> {% endfor %}"
-    tokenizer = Tokenizer(backend, bos_token="<s>", eos_token="</s>", chat_template=template)
+    tokenizer = Tokenizer(backend, chat_template=template)
     for contents in (["a b", "c"], [" a ", ""], ["\n", " "]):
         messages = [{"role": "user", "content": content} for content in contents]
         assert tokenizer.encode_chat(messages) == tokenizer.encode(

@@ -135,9 +135,7 @@ def test_names_and_row_order_equal_transformers(tiny_gguf: Path) -> None:
 
 def test_the_real_model_equals_gguf(smollm2_path: Path) -> None:
     loaded, reader = load_model_files(str(smollm2_path)), gguf.GGUFReader(smollm2_path)
-    theirs = {
-        hf_name(t.name): gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors if "blk.1" in t.name
-    }
+    theirs = {hf_name(t.name): gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors if "blk.1" in t.name}
     for name, values in theirs.items():
         got = loaded.weights.get(name).numpy()
         if "q_proj" in name or "k_proj" in name:  # rows are re-ordered within heads, proven above

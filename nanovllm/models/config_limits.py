@@ -16,7 +16,7 @@ MAX_WIDTH = 2**20
 MAX_LAYERS = 2**10
 MAX_HEADS = 2**12
 MAX_HEAD_DIM = 2**12
-MAX_POSITIONS = 2**28
+MAX_POSITIONS = 2**24
 
 
 def unsupported(feature: str, hint: str | None = None) -> UnsupportedModelError:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from types import TracebackType
 from typing import Any
@@ -36,9 +36,20 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], *, progress: bool = True, **settings: Any) -> None:
         """`model`: directory, .gguf file, hub id, the alias smollm2 or tiny:random. Settings: see EngineConfig."""
-        self.config = EngineConfig.from_kwargs(model, **settings)
-        self.engine: LLMEngine = build_engine(self.config, progress=progress)
+        self._start(EngineConfig.from_kwargs(model, **settings), progress)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, *, progress: bool = True) -> LLM:
+        """The same from a ready config, such as `EngineConfig.load` merges from file, environment and flags."""
+        llm = cls.__new__(cls)
+        llm._start(config, progress)
+        return llm
+
+    def _start(self, config: EngineConfig, progress: bool) -> None:
+        self.config = config
+        self.engine: LLMEngine = build_engine(config, progress=progress)
         self.tokenizer = self.engine.parts.tokenizer
+        self.after_step: list[Callable[[], None]] = []  # called between two steps: live logs, interrupts
         self._mailboxes: dict[str, deque[StepOutput]] = {}
 
     def generate(
@@ -154,6 +165,8 @@ class LLM:
     def _pump(self) -> None:
         outputs = self.engine.step()
         self._deliver(outputs)
+        for call in self.after_step:
+            call()
         if not outputs and not self.engine.scheduler.running:
             time.sleep(IDLE_S)
 

@@ -57,7 +57,12 @@ class DecoderModel:
     """Llama's layer; subclasses change how q, k and v come about."""
 
     def __init__(
-        self, config: ModelConfig, source: WeightSource, kernels: Kernels, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.config, self.kernels = config, kernels
         reader = WeightReader(source, kernels, dtype, device)
@@ -66,9 +71,13 @@ class DecoderModel:
         self.final_norm = reader.tensor("model.norm.weight")  # [hidden]
         head = self.embedding if config.tie_word_embeddings else reader.tensor("lm_head.weight")
         self.head = kernels.linear(head, None)  # [M, hidden] -> [M, vocab]
-        self.cos, self.sin = rotary_tables(config, dtype, device)
+        self.inv_freq = config.inv_freq().to(device)  # [D / 2]
         self.geometry = AttentionGeometry(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.attention_scale, config.sliding_window
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.attention_scale,
+            config.sliding_window,
         )
 
     def read_layer(self, reader: WeightReader, i: int) -> DecoderLayer:
@@ -91,14 +100,20 @@ class DecoderModel:
     ) -> torch.Tensor:
         """token_ids, positions [N]; `last` [M] are the tokens whose successor is wanted. Returns logits [M, vocab]."""
         x = F.embedding(token_ids, self.embedding)  # [N, hidden]
-        cos, sin = self.cos[positions], self.sin[positions]  # [N, 1, D / 2]
+        cos, sin = self.rotations(positions)
         for i, layer in enumerate(self.layers):
             x = x + self.attend(i, layer, self.norm(x, layer.input_norm), cos, sin, plan)
             x = x + layer.down(self.kernels.silu_mul(layer.gate_up(self.norm(x, layer.post_norm))))
         return self.head(self.norm(x[last], self.final_norm))
 
     def attend(
-        self, i: int, layer: DecoderLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan
+        self,
+        i: int,
+        layer: DecoderLayer,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: AttentionPlan,
     ) -> torch.Tensor:
         """Attention of layer `i`: x [N, hidden] -> [N, hidden]."""
         qk, v = self.project_qkv(layer, x)
@@ -113,12 +128,11 @@ class DecoderModel:
         qk, v = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
         return qk, v
 
+    def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of position * inv_freq, taken in float32: 2 x [N, 1, D / 2]. Cheaper than a table to any length."""
+        angles = (positions[:, None].float() * self.inv_freq)[:, None, :]
+        return angles.cos().to(self.embedding.dtype), angles.sin().to(self.embedding.dtype)
+
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm with the model's epsilon."""
         return self.kernels.rms_norm(x, weight, self.config.rms_norm_eps)
-
-
-def rotary_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * inv_freq, computed in float32: 2 x [max_position, 1, D / 2]."""
-    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.inv_freq())[:, None, :]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

@@ -1,0 +1,91 @@
+"""One engine for the time of a command: opened, watched, interruptible, closed.
+
+What it is: what `run` and `chat` have in common. What it knows nothing about: where
+prompts come from. Invariants: Ctrl-C takes effect between two steps, so that the
+engine stays whole and the request's blocks come back; logs are complete at the end.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.cli.flags import Setup
+from nanovllm.cli.terminal import note, show_log, write_answer
+from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.observe.lifecycle import JsonlWriter, LifecycleLog
+
+if TYPE_CHECKING:  # the engine brings torch, which --help must not wait for
+    from nanovllm.engine.outputs import RequestOutput
+    from nanovllm.llm import LLM
+
+
+@contextmanager
+def open_llm(model: str, setup: Setup) -> Iterator[LLM]:
+    """The model, ready to answer, with the logs that were asked for. Raises NanoVLLMError."""
+    config = setup.engine_config(model)  # before torch is imported: bad settings answer at once
+    show_log(setup.quiet)
+    if sys.stderr.isatty():
+        note(f"Loading {config.model} ...", quiet=setup.quiet)
+    from nanovllm.llm import LLM
+
+    with LLM.from_config(config, progress=not setup.quiet) as llm, _watched(llm, setup):
+        yield llm
+
+
+@contextmanager
+def _watched(llm: LLM, setup: Setup) -> Iterator[None]:
+    """Event logs, pumped after each step and once more at the end."""
+    log = LifecycleLog(llm.engine.events, setup.log, sys.stderr) if setup.log else None
+    writer = JsonlWriter(llm.engine.events, setup.events) if setup.events else None
+    readers = [reader for reader in (log, writer) if reader is not None]
+    llm.after_step += [reader.pump for reader in readers]
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.pump()
+        if writer is not None:
+            writer.close()
+            lost = writer.dropped + writer.omitted
+            note(f"{lost} events are missing from {setup.events}.", quiet=not lost)
+
+
+@contextmanager
+def interruptible(llm: LLM) -> Iterator[None]:
+    """Within it, Ctrl-C raises KeyboardInterrupt at the end of the step; a second one, at once."""
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    llm.after_step.append(check)
+    try:
+        yield
+    finally:
+        llm.after_step.remove(check)
+        signal.signal(signal.SIGINT, before)
+
+
+def answer(llm: LLM, request: Any, params: SamplingParams, *, shown: bool = True) -> RequestOutput:
+    """Stream one answer to stdout and return the finished request. `request`: a prompt or a conversation."""
+    final = None
+    with interruptible(llm):
+        for output in llm.stream(request, params):
+            final = output.final
+            if shown and output.text:
+                write_answer(output.text)
+    if final is None:
+        raise KeyboardInterrupt  # aborted from outside before its end
+    return final

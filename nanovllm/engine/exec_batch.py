@@ -1,4 +1,4 @@
-"""ExecBatch: exactly what one step runs, as plain arrays; ExecResult: what comes back.
+"""ExecBatch: exactly what one step runs, as plain arrays; ExecResult: what comes back; Runner: who does it.
 
 What it is: the seam to the runner. Arrays go in, tokens come out, so a runner can
 sit in another process, be captured, or be simulated. What it knows nothing about:
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,18 @@ class ExecResult:
 
     token_ids: Ints  # [M]
     logprobs: list[list[tuple[int, float]] | None]
+
+
+class Runner(Protocol):
+    """What the engine needs of whatever executes its steps."""
+
+    def launch(self, batch: ExecBatch) -> object:
+        """Start a step; the handle is opaque."""
+        ...
+
+    def collect(self, handle: object) -> ExecResult:
+        """Wait for a launched step and return one token per sampling row."""
+        ...
 
 
 def samples_next(seq: Sequence) -> bool:

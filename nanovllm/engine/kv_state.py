@@ -31,14 +31,14 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Blocks are reserved. With `is_loading`, some of their KV is still on its way."""
+    """Blocks are reserved. With a `generation`, some of their KV is still on its way, in the load of that number."""
 
-    is_loading: bool = False
+    generation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """A load ended: with `num_tokens` more tokens of valid KV, or not (`ok` false)."""
+    """The load of this generation ended: the next `num_tokens` tokens have valid KV, or not (`ok` false)."""
 
     seq: Sequence
     generation: int
@@ -70,8 +70,8 @@ class KVState(Protocol):
         """Make room for the known tokens of a bound sequence; False where no block is free."""
         ...
 
-    def commit(self, seq: Sequence) -> None:
-        """The scheduled tokens are computed: advance num_cached_tokens and publish full blocks."""
+    def commit(self, seq: Sequence, num_tokens: int) -> None:
+        """The next `num_tokens` tokens have KV, computed or loaded: advance num_cached_tokens, publish full blocks."""
         ...
 
     def release(self, seq: Sequence) -> None:
@@ -80,6 +80,10 @@ class KVState(Protocol):
 
     def poll(self) -> list[TransferReport]:
         """Loads that ended since the last call."""
+        ...
+
+    def is_settled(self) -> bool:
+        """False while a transfer holds blocks that will come back by themselves."""
         ...
 
 
@@ -122,11 +126,11 @@ class DeviceState:
         self.block_manager.may_append(seq)
         return True
 
-    def commit(self, seq: Sequence) -> None:
+    def commit(self, seq: Sequence, num_tokens: int) -> None:
         """Publish, then advance: `hash_blocks` reads the old count."""
         before = seq.num_cached_tokens
-        self.block_manager.hash_blocks(seq, before + seq.num_scheduled_tokens)
-        seq.num_cached_tokens = before + seq.num_scheduled_tokens
+        self.block_manager.hash_blocks(seq, before + num_tokens)
+        seq.num_cached_tokens = before + num_tokens
         size = self.block_manager.block_size
         self._forget_producer(seq, before // size, seq.num_cached_tokens // size)
 
@@ -138,6 +142,10 @@ class DeviceState:
     def poll(self) -> list[TransferReport]:
         """Nothing is ever in flight on one tier."""
         return []
+
+    def is_settled(self) -> bool:
+        """Always, for the same reason."""
+        return True
 
     def _unfinished_digests(self, seq: Sequence) -> list[Digest]:
         manager = self.block_manager

@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.digest import root_digest
 from nanovllm.core.events import EventBus
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.timeline import Timeline
-from nanovllm.engine.device_tier import DeviceTier
-from nanovllm.engine.exec_batch import ExecBatch, ExecResult, samples_next
+from nanovllm.engine.exec_batch import ExecBatch, ExecResult, Runner, samples_next
 from nanovllm.engine.intake import Intake, Prompt
 from nanovllm.engine.marks import StepMarks
-from nanovllm.engine.model_runner import Runner
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.request_book import RequestBook
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
@@ -35,6 +33,9 @@ from nanovllm.errors import (
     OutOfMemoryError,
     RequestNotFoundError,
 )
+
+if TYPE_CHECKING:
+    from nanovllm.engine.device_tier import DeviceTier
 
 
 @dataclass
@@ -160,10 +161,16 @@ class LLMEngine:
 
     def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[RequestOutput]:
         """Inject a batch of requests and step until each of them has ended; outputs in the order of `prompts`."""
-        ids = [self.add_request(p, s) for p, s in zip(prompts, sampling_params, strict=True)]
+        ids: list[str] = []
         done: dict[str, RequestOutput] = {}
-        while len(done) < len(ids):
-            done |= {out.request_id: out.final for out in self.step() if out.final and out.request_id in ids}
+        try:
+            for prompt, params in zip(prompts, sampling_params, strict=True):
+                ids.append(self.add_request(prompt, params))
+            while len(done) < len(ids):
+                done |= {out.request_id: out.final for out in self.step() if out.final and out.request_id in ids}
+        finally:
+            for request_id in ids:  # left early: a refused prompt, an interrupt
+                self.abort(request_id)
         return [done[request_id] for request_id in ids]
 
     def flush(self) -> list[StepOutput]:
@@ -175,6 +182,7 @@ class LLMEngine:
         if not self._is_closed:
             for request_id in self.book.request_ids:
                 self.abort(request_id)
+            self.flush()
             self._is_closed = True
             del self.runner, self.parts.runner, self.parts.device_tier
 
@@ -199,6 +207,10 @@ class LLMEngine:
                 self.book.note_failure(seq, failure)
                 self._end(seq, SequenceStatus.FAILED, "error")
             return None
+        except BaseException:  # an interrupt: nothing of this step counts, the next one computes it again
+            for seq in batch.seqs:
+                seq.num_scheduled_tokens = 0
+            raise
         self.marks.collected(batch)
         return result
 
@@ -215,7 +227,7 @@ class LLMEngine:
 
     def _commit(self, batch: ScheduledBatch) -> None:
         for seq in batch.seqs:
-            self.scheduler.kv.commit(seq)
+            self.scheduler.kv.commit(seq, seq.num_scheduled_tokens)
 
     def _emit(self, seqs: list[Sequence]) -> list[StepOutput]:
         """Hand over what is new of the sequences that ran, and of those that ended beside them."""
@@ -231,7 +243,7 @@ class LLMEngine:
     def _emit_idle(self) -> list[StepOutput]:
         """Nothing could run: hand over what ended meanwhile; a head that nobody will ever make room for fails."""
         scheduler = self.scheduler
-        if scheduler.waiting and not scheduler.running and not scheduler.loading:
+        if scheduler.waiting and not scheduler.running and not scheduler.loading and scheduler.kv.is_settled():
             seq = scheduler.waiting[0]
             self.book.note_failure(seq, OutOfMemoryError("Pinned state leaves no room for the request."))
             self._end(seq, SequenceStatus.FAILED, "error")

@@ -40,7 +40,7 @@ class StepMarks:
         )
         for seq in batch.seqs:
             if seq.timeline.launch_ns is None:
-                seq.timeline.launch_ns = self._launch_ns
+                seq.timeline.scheduled_ns, seq.timeline.launch_ns = batch.scheduled_ns, self._launch_ns
             if seq.is_prefilling and self._is_first_chunk(seq):
                 self._emit(seq, "prefill_begin", len(batch), self._launch_ns)
 

@@ -8,8 +8,6 @@ Invariant: a launched step reads and writes only the blocks its batch names.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
@@ -18,18 +16,6 @@ from nanovllm.engine.exec_batch import ExecBatch, ExecResult
 from nanovllm.engine.sampler import Sampler
 from nanovllm.kernels.interface import StepLayout
 from nanovllm.models.decoder import DecoderModel
-
-
-class Runner(Protocol):
-    """What the engine needs of whatever executes its steps."""
-
-    def launch(self, batch: ExecBatch) -> object:
-        """Start a step; the handle is opaque."""
-        ...
-
-    def collect(self, handle: object) -> ExecResult:
-        """Wait for a launched step and return one token per sampling row."""
-        ...
 
 
 class ModelRunner:

@@ -32,6 +32,7 @@ FinishCheck = Callable[[Sequence, int], str | None]
 class ScheduledBatch:
     """The sequences one step runs; each carries its `num_scheduled_tokens`."""
 
+    scheduled_ns: int = 0  # when the scheduling call began
     seqs: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -72,7 +73,6 @@ class Scheduler:
         self.loading: dict[Sequence, tuple[int, int]] = {}  # seq -> (generation, since_ns)
         self.running: list[Sequence] = []  # in rank order
         self.num_preemptions = 0
-        self._generation = 0
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
@@ -92,14 +92,11 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next batch: decodes first, then chunks beside them, then new sequences."""
         # BEGIN SOLUTION schedule
-        now_ns, batch = self.clock.now_ns(), ScheduledBatch()
-        if self.policy.mode == "separate":
-            self._schedule_prefills(batch, now_ns)
-            if not batch.seqs:
-                self._schedule_decodes(batch)
-        else:
-            self._schedule_decodes(batch)
-            self._schedule_prefills(batch, now_ns)
+        batch, separate = ScheduledBatch(self.clock.now_ns()), self.policy.mode == "separate"
+        passes = [self._schedule_decodes, self._schedule_prefills]
+        for schedule_pass in [*(reversed(passes) if separate else passes), self._schedule_yielding]:
+            if not (separate and batch):
+                schedule_pass(batch)
         return batch
         # END SOLUTION
 
@@ -177,7 +174,7 @@ class Scheduler:
             _, since_ns = self.loading.pop(seq)
             seq.timeline.state_wait_ns += self.clock.now_ns() - since_ns
             if report.ok:
-                seq.num_cached_tokens += report.num_tokens
+                self.kv.commit(seq, min(report.num_tokens, seq.num_remaining_tokens - 1))  # one is always computed
                 self._count_hits(seq, seq.num_cached_tokens)
                 self._start(seq)
             else:
@@ -205,23 +202,25 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_prefills(self, batch: ScheduledBatch, now_ns: int) -> None:
+    def _schedule_prefills(self, batch: ScheduledBatch) -> None:
+        """The next chunk of each prefill under way, then new sequences."""
         for seq in [s for s in self.running if s.is_prefilling and not s.prefill_only]:
-            self._schedule_chunk(seq, batch, now_ns)
+            self._schedule_chunk(seq, batch)
         if self.policy.prefill_during_decode or not any(not s.is_prefilling for s in self.running):
-            self._admit(batch, now_ns)
-        for seq in [s for s in self.running if s.prefill_only and s.num_scheduled_tokens == 0]:
-            self._schedule_chunk(seq, batch, now_ns)
+            self._admit(batch)
 
-    def _schedule_chunk(self, seq: Sequence, batch: ScheduledBatch, now_ns: int) -> None:
+    def _schedule_yielding(self, batch: ScheduledBatch) -> None:
+        """Requests that only prefill get what all others left."""
+        for seq in [s for s in self.running if s.prefill_only]:
+            self._schedule_chunk(seq, batch)
+
+    def _schedule_chunk(self, seq: Sequence, batch: ScheduledBatch) -> None:
         room = self.policy.max_num_batched_tokens - batch.num_tokens
         chunk = min(seq.num_remaining_tokens, room, self.policy.max_prefill_chunk or room)
         if chunk > 0 and len(batch) < self.policy.max_num_seqs:
             batch.add(seq, chunk)
-            if seq.timeline.scheduled_ns is None:
-                seq.timeline.scheduled_ns = now_ns
 
-    def _admit(self, batch: ScheduledBatch, now_ns: int) -> None:
+    def _admit(self, batch: ScheduledBatch) -> None:
         """Take waiting sequences in rank order until one does not fit.
 
         One whose prefix somebody computes right now is passed over: it will find that prefix published.
@@ -231,12 +230,12 @@ class Scheduler:
             if limit == 0 or not self._has_budget(seq, batch):
                 break
             match = self.kv.match(seq)
-            seq.num_potential_hit_tokens = match.num_potential_tokens
             if match.producer is not None:
                 continue
             if not self._make_room_to_enter(seq):
                 break
-            self._bind(seq, match.num_hit_tokens, batch, now_ns)
+            self._count_hits(seq, match.num_hit_tokens, match.num_potential_tokens)
+            self._bind(seq, batch)
             limit -= 1
 
     def _make_room_to_enter(self, seq: Sequence) -> bool:
@@ -249,32 +248,32 @@ class Scheduler:
         return True
 
     def _has_budget(self, seq: Sequence, batch: ScheduledBatch) -> bool:
-        held = sum(seq.prefill_only or not other.prefill_only for other in [*self.running, *self.loading])
+        held = sum(seq.prefill_only or not other.prefill_only for other in self.running)
         free_tokens = self.policy.max_num_batched_tokens - batch.num_tokens
         return held < self.policy.max_num_seqs and len(batch) < self.policy.max_num_seqs and free_tokens > 0
 
-    def _bind(self, seq: Sequence, num_hit_tokens: int, batch: ScheduledBatch, now_ns: int) -> None:
+    def _bind(self, seq: Sequence, batch: ScheduledBatch) -> None:
         self.waiting.remove(seq)
-        binding = self.kv.bind(seq)
-        self._count_hits(seq, num_hit_tokens)
-        if binding.is_loading:
-            self._generation += 1
-            self.loading[seq] = (self._generation, now_ns)
+        generation = self.kv.bind(seq).generation
+        if generation is not None:
+            self.loading[seq] = (generation, self.clock.now_ns())
             seq.move_to(SequenceStatus.WAITING_FOR_STATE)
             self._emit(seq, "loading")
             return
         self._start(seq)
         if not seq.prefill_only:
-            self._schedule_chunk(seq, batch, now_ns)
+            self._schedule_chunk(seq, batch)
 
     def _start(self, seq: Sequence) -> None:
         seq.move_to(SequenceStatus.RUNNING)
         insort(self.running, seq, key=self.policy.queue_key)
         self._emit(seq, "scheduled")
 
-    def _count_hits(self, seq: Sequence, num_hit_tokens: int) -> None:
-        if seq.num_preemptions == 0:
+    def _count_hits(self, seq: Sequence, num_hit_tokens: int, num_potential_tokens: int | None = None) -> None:
+        """Of the first admission: what a preempted sequence finds again is its own work."""
+        if not seq.timeline.preempted_ns:
             seq.num_hit_tokens = num_hit_tokens
+            seq.num_potential_hit_tokens = num_hit_tokens if num_potential_tokens is None else num_potential_tokens
 
     def _headroom(self, seq: Sequence) -> int:
         """Blocks to leave free when `seq` enters: one per running sequence to grow into, and the watermark.

@@ -1,0 +1,96 @@
+"""Every promised figure beside its bar: the command, what it printed, met or missed.
+
+    make bars                       # all of them; some minutes, and nothing else may run meanwhile
+    python benchmarks/bars.py --issue 2
+
+A bar reads one figure from the JSON document that its command prints as its last line.
+Exit code 1 if a bar is missed or its command failed: a bar is never assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPARE = {">=": operator.ge, "<=": operator.le}
+TIMEOUT_S = 3600
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`figure` is a dotted path into the command's JSON, or `seconds` for its wall time."""
+
+    issue: int
+    what: str
+    command: str
+    figure: str
+    compare: str
+    bar: float
+
+
+ENGINE = "python benchmarks/engine.py"
+BARS = (
+    Bar(2, "one stream, decode, against transformers eager", ENGINE, "workloads.one_stream.ratio", ">=", 1.5),
+    Bar(2, "32 concurrent, against transformers generate_batch", ENGINE, "workloads.concurrent_32.ratio", ">=", 4.0),
+    Bar(2, "make test, seconds", "make test", "seconds", "<=", 180.0),
+)
+
+
+def main() -> int:
+    """Run each command once and print one line per bar; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--issue", type=int, help="only the bars of this issue")
+    args = parser.parse_args()
+    bars = [bar for bar in BARS if args.issue in (None, bar.issue)]
+    reports = {command: run(command) for command in dict.fromkeys(bar.command for bar in bars)}
+    rows = [judge(bar, reports[bar.command]) for bar in bars]
+    print(f"{'issue':<6}{'figure':>10}  {'bar':>10}  {'':<8}what (command)")
+    for row in rows:
+        print(
+            f"{row['issue']:<6}{row['figure']!s:>10}  {row['bar']:>10}  {row['verdict']:<8}{row['what']} ({row['command']})"
+        )
+    print(json.dumps({"label": "measured", "bars": rows}))
+    return 0 if all(row["verdict"] == "met" for row in rows) else 1
+
+
+def run(command: str) -> dict[str, Any]:
+    """The command's JSON document and wall time; `error` where it has none."""
+    print(f"running: {command}", file=sys.stderr)
+    words = shlex.split(command)
+    words[0] = sys.executable if words[0] == "python" else words[0]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {TIMEOUT_S} s"}
+    seconds = time.monotonic() - start
+    if done.returncode != 0:
+        return {"error": f"exit code {done.returncode}: {done.stderr[-300:]}"}
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    document = json.loads(last) if last.startswith("{") else {}
+    return {**document, "seconds": round(seconds, 1)}
+
+
+def judge(bar: Bar, report: dict[str, Any]) -> dict[str, Any]:
+    """One row: the figure as printed, and whether it meets the bar."""
+    figure: Any = report
+    for key in bar.figure.split("."):
+        figure = figure.get(key) if isinstance(figure, dict) else None
+    met = isinstance(figure, int | float) and COMPARE[bar.compare](figure, bar.bar)
+    return {
+        "issue": bar.issue, "what": bar.what, "command": bar.command, "bar": f"{bar.compare} {bar.bar:g}",
+        "figure": report.get("error", figure), "verdict": "met" if met else "missed",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,8 +19,9 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.device_tier import DeviceTier, PoolSize, size_pool
 from nanovllm.engine.intake import Intake
 from nanovllm.engine.kv_state import DeviceState
-from nanovllm.engine.llm_engine import EngineParts, LLMEngine
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.parts import EngineParts
 from nanovllm.engine.policy import SchedulingPolicy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import OutOfMemoryError

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.core.clock import Clock
 from nanovllm.core.digest import root_digest
-from nanovllm.core.events import EventBus
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.timeline import Timeline
-from nanovllm.engine.exec_batch import ExecBatch, ExecResult, Runner, samples_next
-from nanovllm.engine.intake import Intake, Prompt
+from nanovllm.engine.driver import Driver
+from nanovllm.engine.exec_batch import ExecBatch, ExecResult, samples_next
+from nanovllm.engine.intake import Prompt
 from nanovllm.engine.marks import StepMarks
 from nanovllm.engine.outputs import RequestOutput, StepOutput
+from nanovllm.engine.parts import EngineParts, Progress, RequestArgs
 from nanovllm.engine.request_book import RequestBook
-from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import (
     EngineClosedError,
@@ -35,24 +34,7 @@ from nanovllm.errors import (
 )
 
 if TYPE_CHECKING:
-    from nanovllm.engine.device_tier import DeviceTier
-
-
-@dataclass
-class EngineParts:
-    """What an engine is made of; `build.build_engine` puts the real ones together."""
-
-    runner: Runner
-    scheduler: Scheduler
-    intake: Intake
-    tokenizer: Any
-    clock: Clock
-    events: EventBus
-    eos_token_ids: tuple[int, ...] = ()
-    identity: dict[str, object] = field(default_factory=dict)
-    seed: int = 0
-    device_tier: DeviceTier | None = None
-    label: str = "measured"
+    pass
 
 
 class LLMEngine:
@@ -64,6 +46,7 @@ class LLMEngine:
         self.clock, self.events = parts.clock, parts.events
         self.marks = StepMarks(parts.clock, parts.events)
         self.book = RequestBook(parts.tokenizer)
+        self.driver = Driver(self)
         self._ended: list[Sequence] = []  # ended since the last emit
         self._commands: deque[Callable[[], object]] = deque()
         self._num_requests = self._num_seqs = 0
@@ -159,19 +142,25 @@ class LLMEngine:
         return self._emit(batch.seqs)
         # END SOLUTION
 
-    def generate(self, prompts: list[Prompt], sampling_params: list[SamplingParams]) -> list[RequestOutput]:
-        """Inject a batch of requests and step until each of them has ended; outputs in the order of `prompts`."""
+    def generate(self, requests: list[RequestArgs], progress: Progress = iter) -> list[RequestOutput]:
+        """Inject a batch of requests and step until each has ended; outputs in the order of `requests`.
+
+        Other callers' requests move on meanwhile and stay theirs. If a request is refused, or the call
+        is left by an exception, those of this call are aborted.
+        """
         ids: list[str] = []
-        done: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in zip(prompts, sampling_params, strict=True):
-                ids.append(self.add_request(prompt, params))
-            while len(done) < len(ids):
-                done |= {out.request_id: out.final for out in self.step() if out.final and out.request_id in ids}
+            for request in requests:
+                ids.append(self.add_request(**request))
+            finals = (out.final for out in self.driver.listen(ids) if out.final is not None)
+            done = {final.request_id: final for final in progress(finals)}
         finally:
-            for request_id in ids:  # left early: a refused prompt, an interrupt
-                self.abort(request_id)
+            self.driver.drop(request_id for request_id in ids if request_id in self.book)
         return [done[request_id] for request_id in ids]
+
+    def is_waiting_for_state(self) -> bool:
+        """True when nothing can run before a load of state arrives."""
+        return bool(self.scheduler.loading) and not self.scheduler.running
 
     def flush(self) -> list[StepOutput]:
         """Hand over what ended outside a step, such as aborts."""

@@ -1,0 +1,57 @@
+"""What an engine is made of, and what its callers hand in: records without behaviour.
+
+What it is: `EngineParts`, put together by `build.build_engine` (or by a test, without
+tensors), and `RequestArgs`, the keywords of `LLMEngine.add_request`. What it knows
+nothing about: what is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Required, TypedDict
+
+from nanovllm.core.clock import Clock
+from nanovllm.core.events import EventBus
+from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.engine.exec_batch import Runner
+from nanovllm.engine.intake import Intake, Prompt
+from nanovllm.engine.outputs import RequestOutput
+from nanovllm.engine.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from nanovllm.engine.device_tier import DeviceTier  # the one record with tensors: simulated engines have none
+
+
+class RequestArgs(TypedDict, total=False):
+    """The arguments of `LLMEngine.add_request`."""
+
+    prompt: Required[Prompt]
+    sampling_params: SamplingParams | None
+    request_id: str | None
+    priority: int
+    namespace: str
+    cache_salt: str
+    prefill_only: bool
+    template_tokens: int | None
+    arrival_ns: int | None
+
+
+Progress = Callable[[Iterator[RequestOutput]], Iterable[RequestOutput]]
+
+
+@dataclass
+class EngineParts:
+    """What an engine is made of; `build.build_engine` puts the real ones together."""
+
+    runner: Runner
+    scheduler: Scheduler
+    intake: Intake
+    tokenizer: Any
+    clock: Clock
+    events: EventBus
+    eos_token_ids: tuple[int, ...] = ()
+    identity: dict[str, object] = field(default_factory=dict)
+    seed: int = 0
+    device_tier: DeviceTier | None = None
+    label: str = "measured"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanovllm.core.digest import root_digest
 from nanovllm.core.sampling_params import SamplingParams
@@ -32,9 +32,6 @@ from nanovllm.errors import (
     OutOfMemoryError,
     RequestNotFoundError,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class LLMEngine:

@@ -5,6 +5,11 @@ chunks one by one. What it knows nothing about: how linears are packed. A plan h
 every index a step needs, so a layer does two copies in, two copies out and one
 attention call per group. Gathering whole blocks per head moves runs of block_size * D
 numbers, which costs a fraction of the attention itself.
+
+Invariant: what a sequence gathers beyond its context is finite, whatever the blocks'
+last owners left: a mask weighs it with zero, and zero times NaN would be NaN. So a
+block is cleared when its first token is written, and a group's padding repeats the
+sequence's own first block.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from nanovllm.kernels.reference import ReferenceKernels, visible
 class DecodeGroup:
     """Sequences of similar length that compute one token each. B of them, T = padded context."""
 
-    rows: torch.Tensor  # [B] their places among the step's N tokens
+    rows: torch.Tensor | None  # [B] their places among the step's N tokens; None: all of them, in order
     block_rows: torch.Tensor  # [B * G * T / block_size] rows of `PagedPlan.by_block`, layer 0, keys
     mask: torch.Tensor  # [B, 1, 1, T] bool: which keys exist and may be seen
 
@@ -61,6 +66,7 @@ class PagedKernels(ReferenceKernels):
     def plan(self, layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry) -> PagedPlan:  # type: ignore[override]
         """Sort the step's sequences into decode groups and prefill chunks and compute their indices."""
         _, layers, _, kv_heads, block_size, head_dim = pool.shape
+        _clear_started_blocks(layout, pool)
         heads = torch.arange(kv_heads, device=pool.device)
         write = layout.slot_blocks[:, None] * (layers * 2 * kv_heads) + heads  # [N, G]
         starts = np.cumsum(layout.query_lens) - layout.query_lens
@@ -85,6 +91,8 @@ class PagedKernels(ReferenceKernels):
         """Store first: a prompt's own keys are read back from its blocks like everybody else's."""
         assert isinstance(plan, PagedPlan)
         self._store(plan, layer, k, v)
+        if plan.groups and plan.groups[0].rows is None:
+            return self._decode(plan, layer, plan.groups[0], q).flatten(1)
         out = torch.empty_like(q)
         for group in plan.groups:
             out[group.rows] = self._decode(plan, layer, group, q[group.rows])
@@ -131,6 +139,15 @@ class PagedKernels(ReferenceKernels):
         return out[0].transpose(0, 1)
 
 
+def _clear_started_blocks(layout: StepLayout, pool: torch.Tensor) -> None:
+    """Zero each sequence's last block if this step starts it and leaves it partly filled."""
+    offsets = (layout.context_lens - 1) % pool.shape[4]
+    started = (offsets < layout.query_lens) & (offsets < pool.shape[4] - 1)
+    if started.any():
+        last = torch.from_numpy((np.cumsum(layout.query_lens) - 1)[started]).to(pool.device)
+        pool.index_fill_(0, layout.slot_blocks[last], 0)
+
+
 def _similar_lengths(layout: StepLayout, block_size: int) -> list[np.ndarray]:
     """Decoding sequences by padded length; a group pads its contexts by at most a third."""
     groups: dict[int, list[int]] = defaultdict(list)
@@ -153,16 +170,19 @@ def _decode_group(
     layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, starts: np.ndarray, members: np.ndarray
 ) -> DecodeGroup:
     contexts = layout.context_lens[members]
-    num_blocks = -(-int(contexts.max()) // pool.shape[4])
+    used = -(-contexts // pool.shape[4])
     index = torch.from_numpy(members).to(pool.device)
     context = torch.from_numpy(contexts).to(pool.device)[:, None]
-    key = torch.arange(num_blocks * pool.shape[4], device=pool.device)[None, :]
+    block = torch.arange(int(used.max()), device=pool.device)[None, :]
+    tables = layout.block_tables[index, : block.numel()]
+    own = torch.where(block < torch.from_numpy(used).to(pool.device)[:, None], tables, tables[:, :1])
+    key = torch.arange(block.numel() * pool.shape[4], device=pool.device)[None, :]
     seen = key < context
     if geometry.sliding_window is not None:
         seen = seen & (key >= context - geometry.sliding_window)
     return DecodeGroup(
-        rows=torch.from_numpy(starts[members]).to(pool.device),
-        block_rows=_block_rows(layout.block_tables[index, :num_blocks], pool),
+        rows=None if len(members) == len(layout.query_lens) else torch.from_numpy(starts[members]).to(pool.device),
+        block_rows=_block_rows(own, pool),
         mask=seen[:, None, None, :],
     )
 

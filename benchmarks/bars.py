@@ -55,9 +55,8 @@ def main() -> int:
     rows = [judge(bar, reports[bar.command]) for bar in bars]
     print(f"{'issue':<6}{'figure':>10}  {'bar':>10}  {'':<8}what (command)")
     for row in rows:
-        print(
-            f"{row['issue']:<6}{row['figure']!s:>10}  {row['bar']:>10}  {row['verdict']:<8}{row['what']} ({row['command']})"
-        )
+        numbers = f"{row['issue']:<6}{row['figure']!s:>10}  {row['bar']:>10}"
+        print(f"{numbers}  {row['verdict']:<8}{row['what']} ({row['command']})")
     print(json.dumps({"label": "measured", "bars": rows}))
     return 0 if all(row["verdict"] == "met" for row in rows) else 1
 

@@ -152,7 +152,8 @@ class Transformers:
 
 def processor() -> str:
     """The processor's name and what of it matters here."""
-    return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    name = platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def print_table(report: dict[str, Any]) -> None:

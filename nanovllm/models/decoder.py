@@ -129,7 +129,7 @@ class DecoderModel:
         return qk, v
 
     def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of position * inv_freq, taken in float32: 2 x [N, 1, D / 2]. No table, so no position is too large."""
+        """cos and sin of position * inv_freq in float32, 2 x [N, 1, D / 2]. No table: any position will do."""
         angles = (positions[:, None].float() * self.inv_freq)[:, None, :]
         return angles.cos().to(self.embedding.dtype), angles.sin().to(self.embedding.dtype)
 

@@ -61,6 +61,7 @@ class EngineConfig:
     num_threads: int | None = _setting(None, "CPU threads for kernels; belongs to the process")
     enforce_eager: bool = _setting(True, "no compilation or graph capture")
     tensor_parallel_size: int = _setting(1, "only 1 is implemented")
+    check_invariants: bool = _setting(False, "verify the engine's books after every step; slow, for debugging")
     event_capacity: int = _setting(65536, "events kept on the bus before the oldest are dropped")
 
     def __post_init__(self) -> None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.flags import Setup
 from nanovllm.cli.terminal import note, show_log, write_answer
+from nanovllm.config import EngineConfig
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.errors import ModelFileError, UnsupportedModelError
 from nanovllm.observe.lifecycle import JsonlWriter, LifecycleLog
 
 if TYPE_CHECKING:  # the engine brings torch, which --help must not wait for
@@ -31,10 +33,18 @@ def open_llm(model: str, setup: Setup) -> Iterator[LLM]:
     show_log(setup.quiet)
     if sys.stderr.isatty():
         note(f"Loading {config.model} ...", quiet=setup.quiet)
+    with _load(config, progress=not setup.quiet) as llm, _watched(llm, setup):
+        yield llm
+
+
+def _load(config: EngineConfig, progress: bool) -> LLM:
     from nanovllm.llm import LLM
 
-    with LLM.from_config(config, progress=not setup.quiet) as llm, _watched(llm, setup):
-        yield llm
+    try:
+        return LLM.from_config(config, progress=progress)
+    except (ModelFileError, UnsupportedModelError) as error:  # loaders see bytes, not what the user typed
+        error.param = error.param or f"model {config.model}"
+        raise
 
 
 @contextmanager

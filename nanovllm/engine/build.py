@@ -18,6 +18,7 @@ from nanovllm.core.events import EventBus
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.device_tier import DeviceTier, PoolSize, size_pool
 from nanovllm.engine.intake import Intake
+from nanovllm.engine.integrity import check_blocks
 from nanovllm.engine.kv_state import DeviceState
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
@@ -44,30 +45,32 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
     max_model_len = _max_model_len(config, loaded.config, size)
     clock = MonotonicClock()
     events = EventBus(clock, config.event_capacity)
-    kv = DeviceState(BlockManager(size.num_blocks, config.block_size, config.prefix_mode, events=events))
+    blocks = BlockManager(size.num_blocks, config.block_size, config.prefix_mode, events=events)
     scheduler = Scheduler(
         SchedulingPolicy.from_config(config),
-        kv,
+        DeviceState(blocks),
         clock,
         events,
         block_size=config.block_size,
         watermark_blocks=int(config.watermark * size.num_blocks),
     )
     identity: dict[str, object] = {"weights": fingerprint, "dtype": str(dtype), "model": asdict(loaded.config)}
-    return LLMEngine(
-        EngineParts(
-            runner=runner,
-            scheduler=scheduler,
-            tokenizer=loaded.tokenizer,
-            clock=clock,
-            events=events,
-            intake=Intake(loaded.tokenizer, loaded.config.vocab_size, max_model_len),
-            seed=config.seed,
-            eos_token_ids=loaded.config.eos_token_ids,
-            identity=identity,
-            device_tier=runner.tier,
-        )
+    parts = EngineParts(
+        runner=runner,
+        scheduler=scheduler,
+        tokenizer=loaded.tokenizer,
+        clock=clock,
+        events=events,
+        intake=Intake(loaded.tokenizer, loaded.config.vocab_size, max_model_len),
+        seed=config.seed,
+        eos_token_ids=loaded.config.eos_token_ids,
+        identity=identity,
+        device_tier=runner.tier,
     )
+    engine = LLMEngine(parts)
+    if config.check_invariants:
+        engine.driver.after_step.append(lambda: check_blocks(blocks, scheduler.live()))
+    return engine
 
 
 def _build_runner(

@@ -1,6 +1,6 @@
 """The invariants of the KV pool and the scheduler, as code that finds the first one broken.
 
-What it is: the check that tests, and NANOVLLM_SPEC=1 in a running engine, call after
+What it is: the check that tests, and an engine with `check_invariants` set, call after
 every step. What it knows nothing about: how the state came about. It reads, and raises
 `IntegrityError`, which is a defect of ours and never a user's.
 """

@@ -1,0 +1,303 @@
+"""Fast kernels mean what the reference means: random shapes, batches, block tables, and garbage in the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanovllm.kernels.cpu import CpuKernels
+from nanovllm.kernels.interface import AttentionGeometry, Kernels, StepLayout
+from nanovllm.kernels.paged import PagedKernels
+from nanovllm.kernels.reference import ReferenceKernels
+
+REFERENCE = ReferenceKernels()
+FAST = [CpuKernels(), PagedKernels()]
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+LAYERS = 2
+
+fast = pytest.mark.parametrize("kernels", FAST, ids=lambda kernels: kernels.name)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+thorough = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """bfloat16 keeps 8 bits: 3e-2 of the value, or of one."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# -- one operation at a time -----------------------------------------------------------------------
+
+tokens = st.integers(1, 40)
+seeds = st.integers(0, 2**31)
+
+
+@fast
+@both_dtypes
+@thorough
+@given(n=tokens, inner=st.integers(1, 200), outer=st.integers(1, 200), bias=st.booleans(), seed=seeds)
+def test_linear(kernels: Kernels, dtype: torch.dtype, n: int, inner: int, outer: int, bias: bool, seed: int) -> None:
+    x, weight = randn(seed, n, inner, dtype=dtype), randn(seed + 1, outer, inner, dtype=dtype) / inner**0.5
+    added = randn(seed + 2, outer, dtype=dtype) if bias else None
+    kept = weight.clone()
+    product = kernels.linear(weight, added)
+    weight.zero_()  # a packed weight is a copy, or the caller's tensor: see below
+    if kernels.name != "cpu":
+        weight.copy_(kept)
+    close(product(x), REFERENCE.linear(kept, added)(x))
+
+
+@fast
+@both_dtypes
+@thorough
+@given(
+    n=tokens, width=st.integers(1, 300), heads=st.integers(0, 4), scale=st.sampled_from([1e-3, 1.0, 300.0]), seed=seeds
+)
+def test_rms_norm(
+    kernels: Kernels, dtype: torch.dtype, n: int, width: int, heads: int, scale: float, seed: int
+) -> None:
+    """Over rows, and over the heads of one (Qwen3); inputs as small as the epsilon and as large as outliers."""
+    shape = (n, heads, width) if heads else (n, width)
+    x, weight = (randn(seed, *shape) * scale).to(dtype), randn(seed + 1, width, dtype=dtype)
+    close(kernels.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
+
+
+@fast
+@both_dtypes
+@thorough
+@given(n=tokens, half=st.integers(1, 300), scale=st.sampled_from([0.1, 1.0, 30.0]), seed=seeds)
+def test_silu_mul(kernels: Kernels, dtype: torch.dtype, n: int, half: int, scale: float, seed: int) -> None:
+    x = (randn(seed, n, 2 * half) * scale).to(dtype)
+    close(kernels.silu_mul(x), REFERENCE.silu_mul(x))
+
+
+@fast
+@both_dtypes
+@thorough
+@given(n=tokens, heads=st.integers(1, 9), half=st.integers(1, 64), seed=seeds)
+def test_rope(kernels: Kernels, dtype: torch.dtype, n: int, heads: int, half: int, seed: int) -> None:
+    angles = randn(seed + 1, n, 1, half) * 100
+    x, cos, sin = randn(seed, n, heads, 2 * half, dtype=dtype), angles.cos().to(dtype), angles.sin().to(dtype)
+    close(kernels.rope(x, cos, sin), REFERENCE.rope(x, cos, sin))
+
+
+@both_dtypes
+def test_reference_rope_is_a_rotation(dtype: torch.dtype) -> None:
+    """The reference itself: each pair (i, i + D / 2) is turned by its angle, as complex numbers are."""
+    x, angles = randn(0, 5, 3, 8, dtype=dtype), randn(1, 5, 1, 4)
+    turned = torch.view_as_complex(torch.stack(x.float().chunk(2, -1), -1)) * torch.polar(torch.ones(()), angles)
+    expected = torch.cat((turned.real, turned.imag), -1).to(dtype)
+    close(REFERENCE.rope(x, angles.cos().to(dtype), angles.sin().to(dtype)), expected)
+
+
+# -- attention over the paged pool -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of random sequences: their contexts, how much of each is computed now, and where it lies."""
+
+    contexts: list[int]
+    queries: list[int]
+    block_size: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    window: int | None
+    seed: int
+
+    @property
+    def geometry(self) -> AttentionGeometry:
+        return AttentionGeometry(
+            self.kv_heads * self.group, self.kv_heads, self.head_dim, self.head_dim**-0.5, self.window
+        )
+
+    def layout(self) -> StepLayout:
+        """Blocks in random order, none shared; tables padded with block 0, which is somebody's."""
+        counts = [-(-context // self.block_size) for context in self.contexts]
+        order = iter(np.random.default_rng(self.seed).permutation(sum(counts)))
+        tables = np.zeros((len(counts), max(counts)), np.int64)
+        for row, count in zip(tables, counts, strict=True):
+            row[:count] = [next(order) for _ in range(count)]
+        rows = np.repeat(np.arange(len(counts)), self.queries)
+        positions = np.concatenate(
+            [np.arange(context - query, context) for context, query in zip(self.contexts, self.queries, strict=True)]
+        )
+        return StepLayout(
+            positions=torch.from_numpy(positions),
+            query_lens=np.array(self.queries, np.int64),
+            context_lens=np.array(self.contexts, np.int64),
+            block_tables=torch.from_numpy(tables),
+            slot_blocks=torch.from_numpy(tables[rows, positions // self.block_size]),
+            slot_offsets=torch.from_numpy(positions % self.block_size),
+        )
+
+    def pool(self, dtype: torch.dtype) -> torch.Tensor:
+        blocks = sum(-(-context // self.block_size) for context in self.contexts)
+        return randn(self.seed, blocks, LAYERS, 2, self.kv_heads, self.block_size, self.head_dim, dtype=dtype)
+
+    def qkv(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views into one wide tensor, as the model hands them over: none of them is contiguous."""
+        heads = self.kv_heads * self.group
+        wide = randn(self.seed + 1, sum(self.queries), heads + 2 * self.kv_heads, self.head_dim, dtype=dtype)
+        return wide.split((heads, self.kv_heads, self.kv_heads), dim=1)  # type: ignore[return-value]
+
+
+@st.composite
+def steps(draw: Any) -> Step:
+    """Decodes, whole prefills and chunks behind a context, side by side."""
+    pairs = draw(
+        st.lists(st.tuples(st.integers(1, 200), st.sampled_from([1, 1, 2, 7, 64, 999])), min_size=1, max_size=8)
+    )
+    return Step(
+        contexts=[context for context, _ in pairs],
+        queries=[min(context, query) for context, query in pairs],
+        block_size=draw(st.integers(1, 64)),
+        kv_heads=draw(st.integers(1, 4)),
+        group=draw(st.integers(1, 5)),
+        head_dim=draw(st.sampled_from([8, 16, 48, 64])),
+        window=draw(st.none() | st.integers(1, 250)),
+        seed=draw(seeds),
+    )
+
+
+def attend(kernels: Kernels, step: Step, pool: torch.Tensor, layer: int = 1) -> torch.Tensor:
+    plan = kernels.plan(step.layout(), pool, step.geometry)
+    return kernels.attention(plan, layer, *step.qkv(pool.dtype))
+
+
+@fast
+@both_dtypes
+@settings(thorough, max_examples=80)
+@given(step=steps(), layer=st.integers(0, LAYERS - 1))
+def test_attention_and_kv_writes(kernels: Kernels, dtype: torch.dtype, step: Step, layer: int) -> None:
+    """The same outputs and the same KV of this layer; tokens computed before this step keep theirs in all layers.
+
+    Slots that hold no token yet, behind a context or of layers to come, may be cleared by a kernel set.
+    """
+    ours, theirs, untouched = step.pool(dtype), step.pool(dtype), step.pool(dtype)
+    close(attend(kernels, step, ours, layer), attend(REFERENCE, step, theirs, layer))
+    layout = step.layout()
+    for pool in (ours, theirs, untouched):
+        for blocks, context in zip(layout.block_tables, step.contexts, strict=True):
+            last, used = divmod(context - 1, step.block_size)
+            pool[blocks[last], :, :, :, used + 1 :] = 0
+    assert torch.equal(ours[:, layer], theirs[:, layer])
+    for pool in (ours, untouched):
+        pool[layout.slot_blocks, :, :, :, layout.slot_offsets] = 0
+    assert torch.equal(ours, untouched)
+
+
+@thorough
+@given(step=steps())
+def test_reference_attention_is_softmax(step: Step) -> None:
+    """The reference itself, against one query, one head, one key at a time."""
+    pool = step.pool(torch.float32)
+    out = attend(REFERENCE, step, pool).view(sum(step.queries), -1, step.head_dim)
+    q, layout = step.qkv(torch.float32)[0], step.layout()
+    rng, token = np.random.default_rng(step.seed), 0
+    for i, (context, query) in enumerate(zip(step.contexts, step.queries, strict=True)):
+        row, head = int(rng.integers(query)), int(rng.integers(q.shape[1]))
+        position = context - query + row
+        first = max(0, position + 1 - step.window) if step.window else 0
+        places = [divmod(p, step.block_size) for p in range(first, position + 1)]
+        cells = torch.stack([pool[layout.block_tables[i, b], 1, :, head // step.group, at] for b, at in places])
+        scores = cells[:, 0] @ q[token + row, head] * step.geometry.scale
+        close(out[token + row, head], scores.softmax(0) @ cells[:, 1])
+        token += query
+
+
+# Contexts past the 512 keys that torch's attention takes at once: with a window, whole tiles are masked.
+LONG_STEPS = [Step([1500, 700, 3, 1100], [1, 1, 1, 1], 16, 3, 3, 64, window, 1) for window in (None, 1, 20, 600)] + [
+    Step([1500, 700], [40, 700], 16, 3, 3, 64, window, 2) for window in (None, 1, 20, 600)
+]
+
+
+@fast
+@both_dtypes
+@pytest.mark.parametrize("step", LONG_STEPS, ids=str)
+def test_long_contexts_and_windows(kernels: Kernels, dtype: torch.dtype, step: Step) -> None:
+    ours, theirs = step.pool(dtype), step.pool(dtype)
+    close(attend(kernels, step, ours), attend(REFERENCE, step, theirs))
+
+
+@pytest.mark.parametrize("kernels", [*FAST, REFERENCE], ids=lambda kernels: kernels.name)
+@pytest.mark.parametrize("garbage", [1e30, float("inf"), float("nan")])
+@both_dtypes
+@settings(thorough, max_examples=25)
+@given(step=steps())
+def test_nothing_leaks_from_slots_that_are_not_ours(
+    kernels: Kernels, garbage: float, dtype: torch.dtype, step: Step
+) -> None:
+    """What the blocks' last owners left must not change one bit: not behind the context, not in padding.
+
+    NaN and infinity too: a weight of zero times them is NaN, so a mask alone would let them through.
+    All sequences are computed from the start: up to `queries`, then one token, then up to their contexts.
+    """
+    clean, dirty = torch.zeros_like(step.pool(dtype)), torch.full_like(step.pool(dtype), garbage)
+    computed = [0] * len(step.contexts)
+    for goal in (step.queries, [query + 1 for query in step.queries], step.contexts):
+        targets = [min(pair) for pair in zip(goal, step.contexts, strict=True)]
+        active = [i for i, (done, target) in enumerate(zip(computed, targets, strict=True)) if done < target]
+        if active:
+            expected = attend_part(kernels, step, clean, computed, targets, active)
+            assert expected.isfinite().all()
+            assert torch.equal(attend_part(kernels, step, dirty, computed, targets, active), expected)
+        computed = targets
+
+
+def attend_part(
+    kernels: Kernels, step: Step, pool: torch.Tensor, starts: list[int], ends: list[int], active: list[int]
+) -> torch.Tensor:
+    """One step over tokens [start, end) of the active sequences, whose tables cover all of their contexts."""
+    part = replace(step, contexts=[ends[i] for i in active], queries=[ends[i] - starts[i] for i in active])
+    tables = step.layout().block_tables[active]
+    layout = part.layout()
+    rows = torch.from_numpy(np.repeat(np.arange(len(active)), part.queries))
+    blocks = tables[rows, layout.positions // step.block_size]
+    plan = kernels.plan(replace(layout, block_tables=tables, slot_blocks=blocks), pool, step.geometry)
+    return kernels.attention(plan, 1, *part.qkv(pool.dtype))
+
+
+@fast
+@settings(thorough, max_examples=30)
+@given(step=steps())
+def test_a_sequence_does_not_depend_on_its_neighbours(kernels: Kernels, step: Step) -> None:
+    """Alone or beside others, whatever these hold; group padding changes the order of sums, no more."""
+    pool = step.pool(torch.float32)
+    together = attend(kernels, step, pool.clone())
+    layout, (q, k, v) = step.layout(), step.qkv(torch.float32)
+    token = 0
+    for i, (context, query) in enumerate(zip(step.contexts, step.queries, strict=True)):
+        span, blocks = slice(token, token + query), -(-context // step.block_size)
+        alone = StepLayout(
+            positions=layout.positions[span],
+            query_lens=layout.query_lens[i : i + 1],
+            context_lens=layout.context_lens[i : i + 1],
+            block_tables=layout.block_tables[i : i + 1, :blocks],
+            slot_blocks=layout.slot_blocks[span],
+            slot_offsets=layout.slot_offsets[span],
+        )
+        poisoned = torch.full_like(pool, 1e30)
+        mine = layout.block_tables[i, :blocks]
+        poisoned[mine] = pool[mine]
+        plan = kernels.plan(alone, poisoned, step.geometry)
+        close(kernels.attention(plan, 1, q[span], k[span], v[span]), together[span])
+        token += query

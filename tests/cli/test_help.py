@@ -1,0 +1,108 @@
+"""What `--help` says: verbs and flags, by name; a change here is a change people notice."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+
+from nanovllm.cli.flags import _NOT_FLAGS, flag_of
+from nanovllm.config import EngineConfig
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+OUTPUT = {"--log", "--events", "--quiet"}
+SAMPLING = {
+    "--frequency-penalty",
+    "--ignore-eos",
+    "--max-tokens",
+    "--min-p",
+    "--min-tokens",
+    "--presence-penalty",
+    "--repetition-penalty",
+    "--seed",
+    "--stop",
+    "--temperature",
+    "--top-k",
+    "--top-p",
+}
+ENGINE = {
+    "--block-size",
+    "--check-invariants",
+    "--config",
+    "--device",
+    "--dtype",
+    "--event-capacity",
+    "--gpu-memory-utilization",
+    "--kernels",
+    "--kv-memory",
+    "--max-model-len",
+    "--max-new-requests-per-step",
+    "--max-num-batched-tokens",
+    "--max-num-seqs",
+    "--max-prefill-chunk",
+    "--num-blocks",
+    "--num-threads",
+    "--policy",
+    "--prefill-during-decode",
+    "--prefix-mode",
+    "--schedule-mode",
+    "--watermark",
+}
+SNAPSHOT = {
+    "run": {"--system", "--raw", "--timeline", "--json", "--help"} | OUTPUT | SAMPLING | ENGINE,
+    "chat": {"--system", "--help"} | OUTPUT | SAMPLING | ENGINE,
+    "pull": {"--json", "--quiet", "--help"},
+    "doctor": {"--json", "--help"},
+}
+
+
+def options(help_text: str) -> set[str]:
+    """The flags of the tables, not those of the examples."""
+    return set(re.findall(r"^│ (--[a-z-]+)", help_text, re.MULTILINE))
+
+
+def test_verbs(command: Run) -> None:
+    done = command("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.findall(r"^│ ([a-z]+) ", done.stdout, re.MULTILINE) == list(SNAPSHOT)
+    assert options(done.stdout) == {"--version", "--help"}
+    for word in ("NANOVLLM_BLOCK_SIZE", "--config", "Exit codes", "NANOVLLM_DEBUG"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("verb", SNAPSHOT)
+def test_flags(command: Run, verb: str) -> None:
+    done = command(verb, "--help", COLUMNS="80")  # the narrowest usual terminal cuts no name
+    assert options(done.stdout) == SNAPSHOT[verb]
+    assert "Examples:" in done.stdout and f"nanovllm {verb}" in done.stdout
+
+
+def test_every_setting_has_a_flag() -> None:
+    assert {flag_of(f.name) for f in fields(EngineConfig) if f.name not in _NOT_FLAGS} == ENGINE - {"--config"}
+
+
+def test_version(command: Run) -> None:
+    from nanovllm import __version__
+
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"nanovllm {__version__}\n", "")
+
+
+def test_pull_says_where_the_model_lies(nanovllm: Run) -> None:
+    done = nanovllm("pull", "tiny:random", "--json")
+    assert json.loads(done.stdout) == {"model": "tiny:random", "path": None, "bytes": 0}
+    assert "built in" in done.stderr
+
+
+def test_doctor(command: Run, nanovllm: Run) -> None:
+    report = json.loads(command("doctor", "--json").stdout)
+    assert report["ok"] is True
+    names = ["versions", "processor", "cores", "memory", "device", "dtype", "model", "matmul", "self-test"]
+    assert [check["name"] for check in report["checks"]] == names
+    assert all(check["fix"] for check in report["checks"] if check["problem"])
+    table = nanovllm("doctor")
+    assert table.returncode == 0 and "self-test" in table.stdout and "GFLOP/s" in table.stdout

@@ -57,7 +57,9 @@ def resume_view(seq: Sequence) -> dict[str, Any]:
     """Everything another engine needs to go on, as plain data that msgpack can carry."""
     state: dict[str, Any] = {name: getattr(seq, name) for name in RESUME_FIELDS}
     state["token_ids"] = list(seq.token_ids)
-    state["sampling_params"] = asdict(seq.sampling_params)
+    params = asdict(seq.sampling_params)
+    params["logit_bias"] = [list(pair) for pair in params["logit_bias"].items()]  # formats disagree on integer keys
+    state["sampling_params"] = params
     state["segments"] = [[span.name, span.start, span.end] for span in seq.segments]
     state["num_cached_tokens"] = 0
     return state
@@ -70,7 +72,7 @@ def restore(seq: Sequence, state: dict[str, Any]) -> None:
         raise InvalidRequestError(f"The sequence state lacks {missing[0]!r}.", param=missing[0])
     values = {name: state[name] for name in RESUME_FIELDS}
     params = dict(values["sampling_params"])
-    params["logit_bias"] = {int(token): bias for token, bias in params.get("logit_bias", {}).items()}
+    params["logit_bias"] = dict(params.get("logit_bias", ()))
     values["sampling_params"] = SamplingParams(**params)
     values["segments"] = tuple(SegmentSpan(*span) for span in values["segments"])
     type(seq).__init__(seq, **values)

@@ -22,6 +22,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidRequestError
 
 Ints = NDArray[np.int64]
+NO_TOKEN = -1  # in place of a sampled token: the row's logits were no numbers
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class ExecBatch:
 class ExecResult:
     """The sampled tokens of the M sampling rows, and log-probabilities where a row asked for them.
 
+    A row without a finite logit to choose holds NO_TOKEN: it fails, and its neighbours do not.
     `logprobs[i]` is None or a list of (token_id, logprob), the chosen token first, then the top ones.
     """
 

@@ -16,7 +16,7 @@ from nanovllm.core.digest import root_digest
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.timeline import Timeline
 from nanovllm.engine.driver import Driver
-from nanovllm.engine.exec_batch import ExecBatch, ExecResult, samples_next
+from nanovllm.engine.exec_batch import NO_TOKEN, ExecBatch, ExecResult, samples_next
 from nanovllm.engine.intake import Prompt
 from nanovllm.engine.marks import StepMarks
 from nanovllm.engine.outputs import RequestOutput, StepOutput
@@ -190,8 +190,7 @@ class LLMEngine:
             failure = ExecutionError(f"The step failed: {type(error).__name__}: {error}.")
             failure.__cause__ = error
             for seq in batch.seqs:
-                self.book.note_failure(seq, failure)
-                self._end(seq, SequenceStatus.FAILED, "error")
+                self._fail(seq, failure)
             return None
         except BaseException:  # an interrupt: nothing of this step counts, the next one computes it again
             for seq in batch.seqs:
@@ -201,15 +200,22 @@ class LLMEngine:
         return result
 
     def _tokens_by_sequence(self, batch: ScheduledBatch, result: ExecResult) -> list[int | None]:
-        """One sampled token per sequence, None for those with prompt tokens left; their log-probabilities are kept."""
+        """One sampled token per sequence, None for those with prompt tokens left; their log-probabilities are kept.
+
+        A sequence for which the model computed no number fails alone: it leaves the batch.
+        """
         rows = iter(zip(result.token_ids.tolist(), result.logprobs, strict=True))
-        tokens: list[int | None] = []
+        tokens: dict[Sequence, int | None] = {}
         for seq in batch.seqs:
             token_id, logprobs = next(rows) if samples_next(seq) else (None, None)
+            if token_id == NO_TOKEN:
+                self._fail(seq, ExecutionError("The model's logits for this request are not finite."))
+                continue
             if logprobs is not None:
                 self.book.add_logprobs(seq, logprobs)
-            tokens.append(token_id)
-        return tokens
+            tokens[seq] = token_id
+        batch.seqs = list(tokens)
+        return list(tokens.values())
 
     def _commit(self, batch: ScheduledBatch) -> None:
         for seq in batch.seqs:
@@ -231,8 +237,7 @@ class LLMEngine:
         scheduler = self.scheduler
         if scheduler.waiting and not scheduler.running and not scheduler.loading and scheduler.kv.is_settled():
             seq = scheduler.waiting[0]
-            self.book.note_failure(seq, OutOfMemoryError("Pinned state leaves no room for the request."))
-            self._end(seq, SequenceStatus.FAILED, "error")
+            self._fail(seq, OutOfMemoryError("Pinned state leaves no room for the request."))
         return self._emit([])
 
     # -- bookkeeping -------------------------------------------------------------------------------
@@ -272,6 +277,10 @@ class LLMEngine:
         for seq in seqs:
             seq.timeline.queued_ns = self.clock.now_ns()
             self.scheduler.add(seq)
+
+    def _fail(self, seq: Sequence, error: NanoVLLMError) -> None:
+        self.book.note_failure(seq, error)
+        self._end(seq, SequenceStatus.FAILED, "error")
 
     def _end(self, seq: Sequence, status: SequenceStatus, reason: str) -> None:
         self.scheduler.end(seq, status)

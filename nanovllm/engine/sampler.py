@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanovllm.engine.exec_batch import ExecResult
+from nanovllm.engine.exec_batch import NO_TOKEN, ExecResult
 from nanovllm.engine.sampling_batch import SamplingBatch
 
 TOP_CANDIDATES = 1024  # top-p looks at this many tokens first and sorts the whole vocabulary only if it must
@@ -33,11 +33,11 @@ class Sampler:
         raw = logits.float()
         logprobs = _top_logprobs(raw, batch) if (batch.num_logprobs >= 0).any() else None
         adjusted = _adjust(raw.clone(), batch) if batch.changes_logits else raw
-        tokens = adjusted.argmax(dim=-1)
+        highest, tokens = adjusted.max(dim=-1)  # NaN where a row has one
         if not batch.all_greedy:
             rows = np.flatnonzero(batch.temperature > 0)
             tokens[torch.from_numpy(rows).to(tokens.device)] = _draw(adjusted, batch, rows)
-        token_ids = tokens.cpu().numpy()
+        token_ids = tokens.masked_fill_(~highest.isfinite(), NO_TOKEN).cpu().numpy()
         if logprobs is None:
             return ExecResult(token_ids, [None] * len(token_ids))
         return ExecResult(token_ids, [_chosen_first(row, int(t)) for row, t in zip(logprobs, token_ids, strict=True)])

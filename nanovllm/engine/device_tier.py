@@ -9,8 +9,10 @@ Invariant: the pool starts as zeros; padding that attention gathers is finite.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nanovllm.errors import ConfigError, InvalidRequestError, OutOfMemoryError
@@ -95,7 +97,7 @@ class DeviceTier:
     def __init__(self, size: PoolSize, dtype: torch.dtype, device: torch.device) -> None:
         c = size.config
         shape = (size.num_blocks, c.num_layers, 2, c.num_kv_heads, size.block_size, c.head_dim)
-        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.pool = _zeros(shape, dtype, device)
         self.block_bytes = size.block_bytes
 
     def read_block(self, block_id: int) -> bytes:
@@ -114,3 +116,13 @@ class DeviceTier:
         if not 0 <= block_id < self.pool.shape[0]:
             raise InvalidRequestError(f"There is no block {block_id}.", param="block_id")
         return self.pool[block_id]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that the CPU takes from the system untouched: a page costs time and memory once it is written.
+
+    `torch.zeros` writes them all; a pool of 4 GiB then takes seconds to start.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
+from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
 from nanovllm.engine.policy import SchedulingPolicy
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-
-PREEMPTION_RESERVE = 4  # each preemption makes a sequence ask for this many times more room before it returns
 
 FinishCheck = Callable[[Sequence, int], str | None]
 
@@ -73,6 +72,7 @@ class Scheduler:
         self.loading: dict[Sequence, tuple[int, int]] = {}  # seq -> (generation, since_ns)
         self.running: list[Sequence] = []  # in rank order
         self.num_preemptions = 0
+        self.growth = GrowthForecast(block_size)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
@@ -137,6 +137,7 @@ class Scheduler:
         seq.num_scheduled_tokens = 0
         seq.num_preemptions += 1
         self.num_preemptions += 1
+        self.growth.preempted(seq)
         seq.timeline.preempted_ns.append(self.clock.now_ns())
         insort(self.waiting, seq, key=self.policy.queue_key)
         self._emit(seq, "preempted")
@@ -152,6 +153,8 @@ class Scheduler:
             self.running.remove(seq)
         self.kv.release(seq)
         seq.move_to(status)
+        if status is SequenceStatus.FINISHED and not seq.prefill_only:
+            self.growth.ended(seq)
         seq.timeline.released_ns = self.clock.now_ns()
 
     def promote(self, seq: Sequence) -> None:
@@ -276,19 +279,12 @@ class Scheduler:
             seq.num_potential_hit_tokens = num_hit_tokens if num_potential_tokens is None else num_potential_tokens
 
     def _headroom(self, seq: Sequence) -> int:
-        """Blocks to leave free when `seq` enters: one per running sequence to grow into, and the watermark.
+        """Blocks to leave free when `seq` enters: what all who hold blocks will need to grow, and the watermark.
 
-        A sequence that was preempted asks for room to grow that multiplies with each preemption,
-        so that two sequences cannot throw each other out for ever. With nobody running it asks
-        for nothing: whatever was admitted at intake can run alone.
+        With nobody running it asks for nothing: whatever was admitted at intake can run alone.
         """
-        if not self.running and not self.loading:
-            return 0
-        reserve = 0
-        if seq.num_preemptions:
-            wanted = self.block_size * PREEMPTION_RESERVE**seq.num_preemptions
-            reserve = -(-min(wanted, seq.max_remaining_tokens) // self.block_size)
-        return self.watermark_blocks + len(self.running) + len(self.loading) + reserve
+        held = [*self.running, *self.loading]
+        return self.watermark_blocks + max(len(held), self.growth.growth_blocks([*held, seq])) if held else 0
 
     def _emit(self, seq: Sequence, stage: str) -> None:
         self.events.request(

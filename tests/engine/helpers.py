@@ -18,8 +18,9 @@ from nanovllm.engine.exec_batch import ExecBatch, ExecResult, Runner
 from nanovllm.engine.intake import Intake
 from nanovllm.engine.integrity import check_blocks
 from nanovllm.engine.kv_state import DeviceState, KVState
-from nanovllm.engine.llm_engine import EngineParts, LLMEngine
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import StepOutput
+from nanovllm.engine.parts import EngineParts
 from nanovllm.engine.policy import RANKINGS, SchedulingPolicy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.simulated_runner import SimulatedRunner

@@ -29,7 +29,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(1, 10),
         block_size=st.integers(1, 4),
         mode=st.sampled_from(["reuse", "reuse", "observe", "off"]),
-        bits=st.sampled_from([None, None, 8, 1]),
+        bits=st.sampled_from([None, 1, 2, 2, 3, 3, 8]),
     )
     def start(self, num_blocks: int, block_size: int, mode: str, bits: int | None) -> None:
         digest_fn = block_digest if bits is None else stub_digest(bits)
@@ -76,6 +76,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @rule(seq=live, share=st.floats(0.01, 1.0))
     def compute(self, seq: Sequence, share: float) -> None:
+        self.fill(seq, share)
+
+    def fill(self, seq: Sequence, share: float) -> None:
         """A chunk of the known tokens gets its KV."""
         if seq not in self.seqs or seq.num_remaining_tokens == 0:
             return
@@ -87,6 +90,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.kv[block_id][offset] = tuple(seq.token_ids[: position + 1])
         self.manager.hash_blocks(seq, end)
         seq.num_cached_tokens = end
+
+    @rule(token_ids=TOKENS)
+    def serve(self, token_ids: list[int]) -> None:
+        """A whole short life: enter, compute, leave."""
+        seq = Sequence(token_ids, PARAMS, self.manager.block_size)
+        self.enter(seq)
+        self.fill(seq, 1.0)
+        self.leave(seq)
 
     @rule(seq=live, token_id=st.integers(0, 1))
     def grow(self, seq: Sequence, token_id: int) -> None:
@@ -166,7 +177,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBlockManagerMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 @given(

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from nanovllm.models.chat_tokenizer import ChatTokenizer, check_unicode
 
 SPECIAL_TOKENS = {"<|bos|>": 256, "<|eos|>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+CHATML = (  # begins with the BOS that encode() gives a plain text, so that both roads give the same tokens
+    "<|bos|>{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

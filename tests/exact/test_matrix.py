@@ -36,7 +36,7 @@ def text(length: int, salt: int, vocab: int) -> list[int]:
 
 PARAMS = [greedy(MAX_TOKENS), sampled(7), greedy(MAX_TOKENS), sampled(8), sampled(9)]
 TINY_PROMPTS = [text(n, salt, 250) for salt, n in enumerate((1, 16, 65, 7, 33))]
-SMOL_PROMPTS = [text(n, salt, 40_000) for salt, n in enumerate((1, 16, 33, 7, 5))]
+SMOL_PROMPTS = [text(n, salt, 40_000) for salt, n in enumerate((1, 16, 18, 7, 5))]
 
 
 class Bench:

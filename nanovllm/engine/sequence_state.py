@@ -65,6 +65,12 @@ def resume_view(seq: Sequence) -> dict[str, Any]:
     return state
 
 
+def _plain(params: dict[str, Any]) -> dict[str, Any]:
+    """What msgpack carries and gives back unchanged: lists for tuples, text for integer keys."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
+    return {**plain, "logit_bias": {str(token_id): bias for token_id, bias in params["logit_bias"].items()}}
+
+
 def restore(seq: Sequence, state: dict[str, Any]) -> None:
     """Fill `seq` from a resume view. Raises InvalidRequestError naming a field that is missing."""
     missing = [name for name in RESUME_FIELDS if name not in state]

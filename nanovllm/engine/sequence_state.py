@@ -57,18 +57,12 @@ def resume_view(seq: Sequence) -> dict[str, Any]:
     """Everything another engine needs to go on, as plain data that msgpack can carry."""
     state: dict[str, Any] = {name: getattr(seq, name) for name in RESUME_FIELDS}
     state["token_ids"] = list(seq.token_ids)
-    params = asdict(seq.sampling_params)
+    params = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(seq.sampling_params).items()}
     params["logit_bias"] = [list(pair) for pair in params["logit_bias"].items()]  # formats disagree on integer keys
     state["sampling_params"] = params
     state["segments"] = [[span.name, span.start, span.end] for span in seq.segments]
     state["num_cached_tokens"] = 0
     return state
-
-
-def _plain(params: dict[str, Any]) -> dict[str, Any]:
-    """What msgpack carries and gives back unchanged: lists for tuples, text for integer keys."""
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
-    return {**plain, "logit_bias": {str(token_id): bias for token_id, bias in params["logit_bias"].items()}}
 
 
 def restore(seq: Sequence, state: dict[str, Any]) -> None:

@@ -140,10 +140,16 @@ class Bench:
 
     def drain(self, limit: int = 2000) -> dict[str, Any]:
         """Step until nothing is live; the finished requests by id."""
+        finals = self.drain_but(None, limit)
+        assert not self.manager.used_block_ids and not self.manager.leases
+        return finals
+
+    def drain_but(self, pin: object, limit: int = 2000) -> dict[str, Any]:
+        """The same where `pin` keeps its blocks."""
         finals: dict[str, Any] = {}
         for _ in range(limit):
             if self.engine.is_finished():
-                assert not self.manager.used_block_ids and not self.manager.leases
+                assert self.manager.leases <= {pin}
                 return finals
             finals |= {out.request_id: out.final for out in self.step() if out.final}
         raise AssertionError(f"not drained in {limit} steps")

@@ -22,11 +22,12 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Run:
-    """One forward pass that computed prompt tokens of this request: [start_ns, end_ns)."""
+    """One forward pass that computed known tokens of this request, [start_ns, end_ns), after `epoch` preemptions."""
 
     start_ns: int
     end_ns: int
     num_tokens: int
+    epoch: int = 0
 
 
 @dataclass

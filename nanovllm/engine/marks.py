@@ -50,7 +50,9 @@ class StepMarks:
         for seq in batch.seqs:
             completes = seq.num_scheduled_tokens == seq.num_remaining_tokens
             if seq.is_prefilling:
-                seq.timeline.prefill_runs.append(Run(self._launch_ns, now_ns, seq.num_scheduled_tokens))
+                seq.timeline.prefill_runs.append(
+                    Run(self._launch_ns, now_ns, seq.num_scheduled_tokens, seq.num_preemptions)
+                )
                 self._emit(seq, "prefill_end" if completes else "prefill_chunk", len(batch), now_ns)
             if completes and not seq.prefill_only:
                 self._emit(seq, "decode_step" if seq.timeline.token_ns else "first_token", len(batch), now_ns)
@@ -69,9 +71,9 @@ class StepMarks:
             self._emit(seq, "state_released", 0)
 
     def _is_first_chunk(self, seq: Sequence) -> bool:
-        """First of this epoch: no run since the last preemption."""
-        runs, preempted = seq.timeline.prefill_runs, seq.timeline.preempted_ns
-        return not runs or bool(preempted and runs[-1].end_ns <= preempted[-1])
+        """First of this epoch: nothing ran since the last preemption."""
+        runs = seq.timeline.prefill_runs
+        return not runs or runs[-1].epoch != seq.num_preemptions
 
     def _emit(self, seq: Sequence, stage: str, batch_size: int, ts_ns: int | None = None) -> None:
         self.events.request(

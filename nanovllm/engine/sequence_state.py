@@ -57,8 +57,9 @@ def resume_view(seq: Sequence) -> dict[str, Any]:
     """Everything another engine needs to go on, as plain data that msgpack can carry."""
     state: dict[str, Any] = {name: getattr(seq, name) for name in RESUME_FIELDS}
     state["token_ids"] = list(seq.token_ids)
-    params = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(seq.sampling_params).items()}
-    params["logit_bias"] = [list(pair) for pair in params["logit_bias"].items()]  # formats disagree on integer keys
+    params = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(seq.sampling_params).items()}
+    bias = seq.sampling_params.logit_bias
+    params["logit_bias"] = [list(pair) for pair in bias.items()]  # formats disagree on integer keys
     state["sampling_params"] = params
     state["segments"] = [[span.name, span.start, span.end] for span in seq.segments]
     state["num_cached_tokens"] = 0

@@ -82,6 +82,19 @@ class ExecResult:
     token_ids: Ints  # [M]
     logprobs: list[list[tuple[int, float]] | None]
 
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for msgpack."""
+        return {"token_ids": _packed(self.token_ids), "logprobs": self.logprobs}
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> ExecResult:
+        """The result that `to_wire` described. Raises InvalidRequestError on anything else."""
+        try:
+            logprobs = [row and [(int(t), float(p)) for t, p in row] for row in wire["logprobs"]]
+            return cls(_unpacked(wire["token_ids"]), logprobs)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidRequestError(f"Malformed result on the wire: {error}.", param="result") from error
+
 
 class Runner(Protocol):
     """What the engine needs of whatever executes its steps."""
@@ -122,4 +135,4 @@ def _unpacked(wire: dict[str, Any]) -> NDArray[Any]:
     dtype = np.dtype(wire["dtype"])
     if dtype.kind not in "iufb":
         raise ValueError(f"dtype {dtype} is not plain numbers")
-    return np.frombuffer(wire["data"], dtype).reshape(wire["shape"])
+    return np.frombuffer(wire["data"], dtype).reshape(wire["shape"]).copy()  # its own, and writable

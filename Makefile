@@ -14,7 +14,8 @@ QUESTION ?= Why is the sky blue? Answer in two sentences.
 
 export TORCH_INDEX TORCH_VERSION
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-PIP := .venv/bin/python -m pip install --disable-pip-version-check
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long bars lint fix bench clean model
@@ -25,36 +26,37 @@ help: ## list the verbs
 install: .venv/.installed ## make .venv and install the package with a CPU build of torch
 
 demo: install model ## ask the default model a question; stream the answer, then its timeline
-	nanovllm run smollm2 "$(QUESTION)" --max-tokens 120 --timeline
+	$(BIN)/nanovllm run smollm2 "$(QUESTION)" --max-tokens 120 --timeline
 
 test: .venv/.test-installed model lint ## linter, formatter, types, and every test but the long ones
-	OMP_NUM_THREADS=1 python -m pytest -m "not long" -n $(PYTEST_WORKERS) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n $(PYTEST_WORKERS) $(PYTEST_FLAGS)
 
 test-long: .venv/.test-installed model ## the long proofs
-	python -m pytest -m long $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m long $(PYTEST_FLAGS)
 
 bars: .venv/.bench-installed model ## each promised figure beside its bar
-	python benchmarks/bars.py
+	$(BIN)/python benchmarks/bars.py
 
 bench: .venv/.bench-installed model ## the engine's speed on this machine, one JSON line
-	python benchmarks/engine.py
+	$(BIN)/python benchmarks/engine.py
 
-lint: .venv/.test-installed ## linter, formatter, types and import order, changing nothing
-	ruff check .
-	ruff format --check .
-	mypy
-	lint-imports
+lint: .venv/.test-installed ## linter, formatter, types, import order and sizes, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -p no:xdist tests/test_house.py -k test_sizes  # prints its table
 
 fix: .venv/.test-installed ## mend what linter and formatter can mend
-	ruff check --fix .
-	ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean: ## remove .venv and every cache of the tools
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find nanovllm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 model: install
-	@nanovllm pull smollm2 > /dev/null
+	@$(BIN)/nanovllm pull smollm2 > /dev/null
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -167,3 +167,22 @@ def test_help_does_not_import_torch() -> None:
     for arguments, code_expected in ((["--help"], 0), (["run", "--help"], 0), (["run", "x", "hi", "--dtype", "?"], 2)):
         done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, timeout=60)
         assert done.returncode == code_expected, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("listing", "code"),
+    [
+        ("", 1),
+        ("tests/test_a.py::test_b", 1),  # no reason
+        ("tests/test_a.py::test_c  # another test", 1),
+        ("# a comment\ntests/test_a.py::test_b  # needs a GPU", 0),
+        ("tests/test_a.py::test_b[1]  # needs a GPU", 0),
+    ],
+)
+def test_a_skip_needs_a_listed_reason(tmp_path: Path, listing: str, code: int) -> None:
+    report, allowed = tmp_path / "junit.xml", tmp_path / "allowed-skips.txt"
+    case = '<testcase classname="tests.test_a" name="test_b[1]"><skipped message="no GPU"/></testcase>'
+    report.write_text(f'<testsuites><testsuite>{case}<testcase classname="x" name="y"/></testsuite></testsuites>')
+    allowed.write_text(listing)
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "check_skips.py", report, allowed], timeout=60)
+    assert done.returncode == code

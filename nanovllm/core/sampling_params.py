@@ -83,12 +83,12 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be true or false.", param=name)
 
     def _freeze_stops(self) -> None:
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stops = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop)
         if len(stops) > MAX_STOP or any(not isinstance(s, str) or not s for s in stops):
             raise InvalidRequestError(f"stop must be at most {MAX_STOP} non-empty strings.", param="stop")
         if any(len(s.encode("utf-8", "replace")) > MAX_STOP_BYTES for s in stops):
             raise InvalidRequestError(f"A stop string may have at most {MAX_STOP_BYTES} bytes.", param="stop")
-        ids = tuple(self.stop_token_ids or ())
+        ids = _listed("stop_token_ids", self.stop_token_ids)
         if len(ids) > MAX_STOP_IDS:
             raise InvalidRequestError(f"At most {MAX_STOP_IDS} stop_token_ids are allowed.", param="stop_token_ids")
         for token_id in ids:
@@ -110,6 +110,12 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
     if not fine or not low <= value <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise InvalidRequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}.", param=name)
+
+
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    if values is not None and not isinstance(values, list | tuple):
+        raise InvalidRequestError(f"{name} must be a list, not {str(values)[:40]}.", param=name)
+    return tuple(values or ())
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

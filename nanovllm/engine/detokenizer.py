@@ -12,7 +12,8 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 REPLACEMENT = "�"
-MAX_HELD_TOKENS = 8  # a UTF-8 character has at most 4 bytes: more held tokens than this are no character
+MAX_HELD_TOKENS = 8  # a UTF-8 character has at most 4 bytes: more held tokens than this are no character,
+MAX_TAIL_TOKENS = 3  # except perhaps the last of them, which may have begun one
 
 
 class Decoder(Protocol):
@@ -35,26 +36,30 @@ class IncrementalDetokenizer:
     def add(self, token_id: int) -> str:
         """The text that became certain with this token; often the token's own, sometimes none."""
         self._ids.append(token_id)
-        before, text = self._texts()
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_HELD_TOKENS:
-            return ""
-        return self._advance(before, text)
+        end = len(self._ids)
+        text = self._text(end)
+        if text.endswith(REPLACEMENT):
+            if end - self._read < MAX_HELD_TOKENS:
+                return ""
+            end -= MAX_TAIL_TOKENS
+            text = self._text(end)
+        return self._advance(end, text)
 
     def flush(self) -> str:
         """What is still held, as it stands: incomplete bytes become the replacement character."""
-        return self._advance(*self._texts())
+        return self._advance(len(self._ids), self._text(len(self._ids)))
 
-    def _texts(self) -> tuple[str, str]:
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read], self._skip)
-        return before, self._tokenizer.decode(self._ids[self._prefix :], self._skip)
+    def _text(self, end: int) -> str:
+        return self._tokenizer.decode(self._ids[self._prefix : end], self._skip)
 
-    def _advance(self, before: str, text: str) -> str:
-        self._prefix, self._read = self._read, len(self._ids)
+    def _advance(self, end: int, text: str) -> str:
+        before = self._text(self._read)
+        self._prefix, self._read = self._read, end
         return text[len(before) :]
 
 
 class StopFilter:
-    """Finds the earliest stop string in growing text and holds back what may become one."""
+    """Finds the stop string that is complete first, however the text comes in; holds back what may become one."""
 
     def __init__(self, stops: Seq[str], *, include_stop: bool = False) -> None:
         self._stops, self._include = tuple(stops), include_stop
@@ -68,9 +73,10 @@ class StopFilter:
         if self.matched is not None:
             return ""
         self._held += text
-        found = min(((at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        places = ((at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0)
+        found = min(places, default=None)
         if found is not None:
-            at, self.matched = found
+            _, at, self.matched = found
             return self._held[: at + len(self.matched) if self._include else at]
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -50,6 +50,10 @@ class Intake:
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
         """Raise where the request can never be served: empty, too long, or naming tokens that do not exist."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(
+                f"sampling_params must be SamplingParams, not {type(params).__name__}.", param="sampling_params"
+            )
         if not token_ids:
             raise InvalidRequestError("The prompt is empty.", param="prompt", hint="Give at least one token.")
         if len(token_ids) >= self.max_model_len:
@@ -76,7 +80,9 @@ class Intake:
             spans.append(SegmentSpan(segment.name, start, len(token_ids)))
         return token_ids, tuple(spans)
 
-    def _checked_ids(self, ids: Seq[object]) -> list[int]:
+    def _checked_ids(self, ids: object) -> list[int]:
+        if not isinstance(ids, Seq):
+            raise InvalidRequestError(f"A segment is text or token ids, not {type(ids).__name__}.", param="prompt")
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
                 raise InvalidRequestError(

@@ -91,11 +91,13 @@ class LLMEngine:
         """Go on with a sequence that another engine started: `state` is its resume view. Returns its request_id."""
         seq = Sequence.__new__(Sequence)
         seq.__setstate__(state)
-        self.intake.check(seq.token_ids, seq.sampling_params)
+        self.intake.check(self.intake.tokenize(seq.token_ids)[0], seq.sampling_params)
         if seq.block_size != self.scheduler.block_size:
             raise InvalidRequestError("The sequence comes from an engine with another block_size.", param="block_size")
         request_id = self._identify(seq.request_id)
         self._adopt(seq, self.clock.now_ns())
+        if not 0 < seq.num_prompt_tokens <= seq.num_tokens < seq.max_total_tokens:
+            raise InvalidRequestError("The sequence is complete, or its counts disagree.", param="num_prompt_tokens")
         seq.root_digest = root_digest({**self.parts.identity, "namespace": seq.namespace, "salt": cache_salt})
         self._enqueue(request_id, [seq], None)
         return request_id

@@ -8,6 +8,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.segments import Segment
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import ConfigError, ContextLengthError, EngineClosedError, InvalidRequestError, OutOfMemoryError
@@ -66,6 +67,43 @@ def test_hopeless_prompts_are_refused_and_others_go_on(
     assert caught.value.param == param
     assert bench.terminals("bad") == ["rejected"]
     assert bench.drain()[other].token_ids == answer([5, 6], 3, VOCAB)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logit_bias", "temperature", "n", "seed", "top_k", "min_p"])
+def test_parameters_of_a_wrong_type_are_named(name: str) -> None:
+    for value in (object(), "5" if name != "stop" else 5, [None]):
+        with pytest.raises(InvalidRequestError) as caught:
+            SamplingParams(**{name: value})
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, "greedy", 7])
+def test_parameters_that_are_none_are_refused(params: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        bench_of().engine.add_request([1], params)
+    assert caught.value.param == "sampling_params"
+
+
+@pytest.mark.parametrize("content", [5, None, [1, "x"], [300]])
+def test_segments_of_neither_text_nor_ids_are_refused(content: Any) -> None:
+    bench = bench_of()
+    with pytest.raises(InvalidRequestError):
+        bench.engine.add_request([Segment("part", content)], request_id="bad")
+    assert bench.terminals("bad") == ["rejected"]
+
+
+@pytest.mark.parametrize(
+    "false", [{"token_ids": [1, 260]}, {"num_prompt_tokens": 0}, {"num_prompt_tokens": 9}, {"token_ids": [1] * 11}]
+)
+def test_a_state_that_contradicts_itself_or_is_complete_is_not_resumed(false: dict[str, Any]) -> None:
+    """An id outside the vocabulary would fail the step of everybody else."""
+    seq = Sequence([1, 2, 3], greedy(8), 4, "moved")
+    bench = bench_of()
+    with pytest.raises(InvalidRequestError):
+        bench.engine.resume({**seq.__getstate__(), **false})
+    assert bench.engine.is_finished() and "moved" not in bench.engine.book
+    assert bench.engine.resume(seq.__getstate__()) == "moved"
+    assert bench.drain()["moved"].token_ids == answer([1, 2, 3], 8, VOCAB)
 
 
 def test_the_longest_prompt_that_fits_is_served_alone() -> None:

@@ -89,6 +89,12 @@ def cores() -> Check:
     if threads > usable:
         problem = f"torch starts {threads} threads on {usable} usable cores; they will wait for each other."
         return Check("cores", value, "advice", problem, f"Pass --num-threads {usable}.")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > usable / 2:
+        problem = (
+            f"Other programs keep {load:.1f} of {usable} cores busy; threads that share a core wait for each other."
+        )
+        return Check("cores", value, "advice", problem, f"Close them, or pass --num-threads {max(1, usable // 2)}.")
     return Check("cores", value)
 
 

@@ -180,6 +180,11 @@ TestBlockManagerMachine = BlockManagerMachine.TestCase
 TestBlockManagerMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.long
+class TestBlockManagerMachineLong(BlockManagerMachine.TestCase):  # type: ignore[name-defined]
+    settings = settings(max_examples=4000, stateful_step_count=60, deadline=None)
+
+
 @given(
     st.integers(0, 6),
     st.lists(st.tuples(st.sampled_from(["pop", "add", "cached", "remove"]), st.integers(0, 5)), max_size=40),

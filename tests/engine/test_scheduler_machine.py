@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -183,6 +184,11 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.long
+class TestEngineMachineLong(EngineMachine.TestCase):  # type: ignore[name-defined]
+    settings = settings(max_examples=2000, stateful_step_count=60, deadline=None)
 
 
 def test_the_shadow_runner_notices_what_it_is_for() -> None:

@@ -249,7 +249,8 @@ class LLMEngine:
             raise EngineClosedError("The engine is closed.", hint="Make a new LLM.")
         if request_id is None:
             self._num_requests += 1
-            return f"req-{self._num_requests}"
+            own = f"req-{self._num_requests}"
+            return own if own not in self.book else self._identify(None)
         if request_id in self.book:
             raise InvalidRequestError(f"request_id {request_id!r} is in use.", param="request_id")
         return request_id

@@ -48,12 +48,14 @@ class Intake:
             return self._join([part for part in prompt if isinstance(part, Segment)])
         return self._checked_ids(prompt), ()
 
-    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+    def check(self, token_ids: list[int], params: SamplingParams, priority: int = 0) -> None:
         """Raise where the request can never be served: empty, too long, or naming tokens that do not exist."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(
                 f"sampling_params must be SamplingParams, not {type(params).__name__}.", param="sampling_params"
             )
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, not {priority!r}.", param="priority")
         if not token_ids:
             raise InvalidRequestError("The prompt is empty.", param="prompt", hint="Give at least one token.")
         if len(token_ids) >= self.max_model_len:

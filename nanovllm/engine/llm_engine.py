@@ -75,7 +75,7 @@ class LLMEngine:
         self.events.request(request_id, "entered", 0, 0, 0, ts_ns=arrival_ns)
         try:
             token_ids, spans = self.intake.tokenize(prompt)
-            self.intake.check(token_ids, params)
+            self.intake.check(token_ids, params, priority)
         except NanoVLLMError:
             self.events.request(request_id, "rejected", 0, 0, 0)
             raise

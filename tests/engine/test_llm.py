@@ -109,6 +109,21 @@ def test_token_ids_outside_the_vocabulary_are_refused_in_params(llm: LLM) -> Non
             llm.generate("a", params)
 
 
+@pytest.mark.parametrize("priority", ["high", 1.5, None, True])
+def test_a_priority_is_an_integer(llm: LLM, priority: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="priority"):
+        llm.engine.add_request("a", priority=priority)
+
+
+def test_an_id_of_our_own_never_meets_a_callers(llm: LLM) -> None:
+    taken = f"req-{llm.engine._num_requests + 1}"
+    llm.engine.add_request("a", GREEDY, request_id=taken)
+    assert llm.engine.add_request("b", GREEDY) != taken
+    for request_id in llm.engine.book.request_ids:
+        llm.engine.abort(request_id)
+    llm.engine.flush()
+
+
 def test_chat_shows_what_its_template_added(llm: LLM) -> None:
     out = llm.chat(CHAT, GREEDY)[0]
     rendered = llm.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)

@@ -1,8 +1,9 @@
 """Engine settings: one frozen dataclass, checked when it is made.
 
-What it is: the place where keyword arguments, environment variables and a file
-become an `EngineConfig`; later sources win: defaults < file < `NANOVLLM_*` <
-keyword. What it knows nothing about: models, torch, what a setting does.
+What it is: the place where keywords, or a file, environment variables and flags,
+become an `EngineConfig`. `from_kwargs` takes a program's keywords as they are; `load`
+merges for the command line, later sources winning: defaults < file < `NANOVLLM_*` < flag.
+What it knows nothing about: models, torch, what a setting does.
 Invariants: a constructed config is valid; an unknown key is an error that names
 the nearest known one; nothing is dropped silently.
 """
@@ -10,7 +11,6 @@ the nearest known one; nothing is dropped silently.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import tomllib
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from nanovllm.errors import ConfigError
+from nanovllm.errors import ConfigError, shown
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -27,6 +27,7 @@ KERNELS = ("auto", "reference", "cpu", "cuda")
 PREFIX_MODES = ("off", "observe", "reuse")
 SCHEDULE_MODES = ("mixed", "separate")
 POLICIES = ("fcfs", "priority", "sjf")
+LIMITS = {"event_capacity": 2**24, "num_blocks": 2**22, "num_threads": os.cpu_count() or 1}
 ALIASES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -59,7 +60,9 @@ class EngineConfig:
     prefix_mode: str = _setting("reuse", "off, observe (report potential hits only) or reuse")
     seed: int = _setting(0, "seed of requests that bring none, and of tiny:random weights")
     num_threads: int | None = _setting(None, "CPU threads for kernels; belongs to the process")
-    enforce_eager: bool = _setting(True, "no compilation or graph capture")
+    enforce_eager: bool = _setting(
+        True, "accepted, as upstream; nothing is compiled or captured yet, so it has no effect"
+    )
     tensor_parallel_size: int = _setting(1, "only 1 is implemented")
     check_invariants: bool = _setting(False, "verify the engine's books after every step; slow, for debugging")
     event_capacity: int = _setting(65536, "events kept on the bus before the oldest are dropped")
@@ -74,14 +77,17 @@ class EngineConfig:
             _check_choice(name, getattr(self, name), allowed)
         _check_share("watermark", self.watermark)
         _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
-        if self.tensor_parallel_size != 1:
+        for f in fields(self):
+            if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
+                raise ConfigError(f"{f.name} must be true or false, not {shown(getattr(self, f.name))}.", param=f.name)
+        if type(self.tensor_parallel_size) is not int or self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size must be 1.",
                 param="tensor_parallel_size",
                 hint="Tensor parallelism is not implemented; remove the setting.",
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed must be an integer in [0, 2**64), not {self.seed!r}.", param="seed")
+            raise ConfigError(f"seed must be an integer in [0, 2**64), not {shown(self.seed)}.", param="seed")
         self.kv_memory_bytes  # noqa: B018  (parses, so that a bad size is refused here)
 
     @property
@@ -92,9 +98,10 @@ class EngineConfig:
     @classmethod
     def from_kwargs(cls, model: str | os.PathLike[str], **kwargs: Any) -> EngineConfig:
         """Build from Python keywords; `use_tqdm` is known from upstream and belongs to `generate`."""
-        known = {ALIASES.get(key, key): value for key, value in kwargs.items() if key != "use_tqdm"}
-        known.pop("model", None)
-        return cls(model=os.fspath(model), **_checked(known))
+        if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
+            raise ConfigError(f"model must be a name or a path, not {shown(model)}.", param="model")
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("use_tqdm", "model")}
+        return cls(model=os.fspath(model), **_checked(_without_aliases(kwargs)))
 
     @classmethod
     def load(
@@ -104,14 +111,15 @@ class EngineConfig:
         merged: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for source, values in (("file", _read_file(file)), ("environment", _read_env(env)), ("flag", flags)):
-            for key, value in _checked({ALIASES.get(k, k): v for k, v in values.items()}).items():
+            for key, value in _checked(_without_aliases(values)).items():
                 merged[key], sources[key] = value, source
         return cls(**merged), sources
 
     @staticmethod
     def _at_least_one(name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an integer of at least 1, not {value!r}.", param=name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LIMITS.get(name, 2**31):
+            most = LIMITS.get(name, 2**31)
+            raise ConfigError(f"{name} must be an integer from 1 to {most}, not {shown(value)}.", param=name)
 
 
 _CHOICES = {
@@ -129,10 +137,10 @@ def parse_bytes(value: int | str, param: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
-        found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", str(value))
+        found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", value if isinstance(value, str) else "")
         if not found or found[2].lower() not in _UNITS:
             raise ConfigError(
-                f"{param} must be a size such as '2GiB' or a number of bytes, not {value!r}.", param=param
+                f"{param} must be a size such as '2GiB' or a number of bytes, not {shown(value)}.", param=param
             )
         size = int(float(found[1]) * _UNITS[found[2].lower()])
     if size < 1:
@@ -155,14 +163,21 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
+    for alias, name in ALIASES.items():
+        if alias in values and name in values:
+            raise ConfigError(f"{alias} and {name} are one setting.", param=alias, hint="Give one of them.")
+    return {ALIASES.get(key, key): value for key, value in values.items()}
+
+
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.", param=name)
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}.", param=name)
 
 
 def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} must be between 0 and 1, not {value!r}.", param=name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be between 0 and 1, not {shown(value)}.", param=name)
 
 
 def _read_file(path: Path | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ each instance may name the parameter at fault and says how to mend it.
     ├── OutOfMemoryError              507 out_of_memory          the machine cannot hold it
     ├── RequestNotFoundError          404 request_not_found      unknown or finished request id
     ├── EngineClosedError             503 engine_closed          used after close()
-    ├── StateTransferError            500 state_transfer_failed  a load of state did not arrive
     └── ExecutionError                500 execution_failed       a step's forward pass failed
 """
 
@@ -90,13 +89,16 @@ class EngineClosedError(NanoVLLMError):
     status, code = 503, "engine_closed"
 
 
-class StateTransferError(NanoVLLMError):
-    """A pending load of state failed; the sequence falls back to computing it."""
-
-    status, code = 500, "state_transfer_failed"
-
-
 class ExecutionError(NanoVLLMError):
     """The forward pass of one step failed; the requests of that step failed with it."""
 
     status, code = 500, "execution_failed"
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, on one line, and never an exception of its own."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

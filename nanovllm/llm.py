@@ -25,7 +25,7 @@ from nanovllm.engine.intake import Prompt
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.parts import Progress, RequestArgs
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, shown
 
 Messages = list[dict[str, Any]]
 
@@ -56,14 +56,22 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        priority: int | Seq[int] = 0,
     ) -> list[RequestOutput]:
         """Complete each prompt: a string (special tokens are parsed), token ids, or Segments; or a list of these.
 
-        Returns one output per prompt, in order. Raises InvalidRequestError before anything runs.
+        `priority`, one or one each, ranks them under `policy="priority"`: lower goes first. Returns one
+        output per prompt, in order. Raises InvalidRequestError before anything runs.
         """
         batch = as_prompts(prompts)
         params = as_params(sampling_params, len(batch))
-        requests = [RequestArgs(prompt=p, sampling_params=s) for p, s in zip(batch, params, strict=True)]
+        ranks = [priority] * len(batch) if isinstance(priority, int) else list(priority)
+        if len(ranks) != len(batch):
+            raise InvalidRequestError(f"{len(batch)} prompts, but {len(ranks)} priorities.", param="priority")
+        requests = [
+            RequestArgs(prompt=p, sampling_params=s, priority=rank)
+            for p, s, rank in zip(batch, params, ranks, strict=True)
+        ]
         return self._complete(requests, use_tqdm)
 
     def chat(
@@ -72,22 +80,36 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
-        **template: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several. The output's `template_tokens` is what the template added."""
-        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        """Answer one conversation, or several. The output's `template_tokens` is what the template added.
+
+        `chat_template_kwargs` are variables of the template, such as `tools`.
+        """
+        chats = as_chats(messages)
         params = as_params(sampling_params, len(chats))
+        template = dict(chat_template_kwargs or {})
         requests = [self._chat_request(chat, s, template) for chat, s in zip(chats, params, strict=True)]
         return self._complete(requests, use_tqdm)
 
     def stream(
-        self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, **template: Any
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[StepOutput]:
-        """Increments as they are made, for one prompt or conversation. Closing the iterator aborts the request."""
-        params = sampling_params or SamplingParams()
-        is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
-        plain = RequestArgs(prompt=cast(Prompt, prompt), sampling_params=params)
-        request = self._chat_request(prompt, params, template) if is_chat else plain
+        """Increments as they are made, for one prompt or conversation. Closing the iterator aborts the request.
+
+        The request enters, and may be refused, at the first `next`: an iterator nobody starts costs nothing.
+        """
+        params = as_params(sampling_params, 1)[0]
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+            request = self._chat_request(prompt, params, dict(chat_template_kwargs or {}))
+        elif chat_template_kwargs:
+            raise InvalidRequestError("A plain prompt has no chat template.", param="chat_template_kwargs")
+        else:
+            request = RequestArgs(prompt=cast(Prompt, prompt), sampling_params=params)
         request_id = self.engine.add_request(**request)
         for output in self.engine.driver.listen([request_id]):
             yield output
@@ -131,10 +153,21 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     return list(prompts)
 
 
+def as_chats(messages: Any) -> list[Messages]:
+    """A list of conversations from one or many."""
+    if not isinstance(messages, list | tuple):
+        raise InvalidRequestError("messages must be a list of {role, content}, or a list of such.", param="messages")
+    return [list(messages)] if messages and isinstance(messages[0], Mapping) else list(messages)
+
+
 def as_params(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
     """One SamplingParams per prompt, from none, one or a list of the right length."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+        return [SamplingParams() if params is None else params] * count
+    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
+        raise InvalidRequestError(
+            f"sampling_params must be SamplingParams, one or one each, not {shown(params)}.", param="sampling_params"
+        )
     if len(params) != count:
         raise InvalidRequestError(
             f"{count} prompts, but {len(params)} sampling_params.",

@@ -111,6 +111,9 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         _forget_stdout()
         sys.exit(FAILED)
+    except OSError as error:
+        _forget_stdout()
+        _fail(f"The output cannot be written: {error.strerror or error}.", error, FAILED)
     except Exception as error:  # noqa: BLE001  the last resort: one sentence instead of a traceback
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         _fail(f"Internal error: {what}. Run with NANOVLLM_DEBUG=1 and report it.", error, FAILED)

@@ -8,6 +8,7 @@ control characters that a model or a file made up are not passed on.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from typing import TextIO
@@ -37,7 +38,10 @@ def note(text: str, *, quiet: bool = False) -> None:
 
 
 def make_streams_lenient() -> None:
-    """A character the terminal's encoding lacks is shown as '?' and is no reason to stop."""
+    """A closed stream is an empty one; a character the encoding lacks is shown as '?' and is no reason to stop."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # started with `>&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  lives as long as the process
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

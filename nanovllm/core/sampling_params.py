@@ -8,12 +8,11 @@ The first three fields keep the order upstream and the course use.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, shown
 
 MAX_N, MAX_LOGPROBS, MAX_STOP, MAX_STOP_BYTES, MAX_STOP_IDS, MAX_LOGIT_BIAS = 16, 20, 4, 256, 128, 300
 GREEDY_BELOW = 1e-5  # a temperature under this is a division that overflows: it means argmax
@@ -62,7 +61,7 @@ class SamplingParams:
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
 
@@ -106,19 +105,19 @@ class SamplingParams:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fine or not low <= value <= high or (open_low and value == low):
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fine or not low <= value <= high or (open_low and value == low):  # NaN fails every comparison
         bracket = "(" if open_low else "["
-        raise InvalidRequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], not {value!r}.", param=name)
+        what = f"a number in {bracket}{low:g}, {high:g}]"
+        raise InvalidRequestError(f"{name} must be {what}, not {shown(value)}.", param=name)
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
     if values is not None and not isinstance(values, list | tuple):
-        raise InvalidRequestError(f"{name} must be a list, not {str(values)[:40]}.", param=name)
+        raise InvalidRequestError(f"{name} must be a list, not {shown(values)}.", param=name)
     return tuple(values or ())
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        shown = repr(value)[:40]
-        raise InvalidRequestError(f"{name} must be an integer in [{low}, {high}], not {shown}.", param=name)
+        raise InvalidRequestError(f"{name} must be an integer in [{low}, {high}], not {shown(value)}.", param=name)

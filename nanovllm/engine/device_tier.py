@@ -20,6 +20,7 @@ from nanovllm.models.model_config import ModelConfig
 
 DEFAULT_SHARE = 0.25  # of free memory, where nobody names a budget
 DEFAULT_CEILING = 4 * 2**30
+MAX_BLOCKS = 2**22
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ def size_pool(
             f"kv_memory of {budget:,} bytes holds no block of {size:,} bytes.",
             param="kv_memory",
             hint="Give more memory, or a smaller block_size.",
+        )
+    if budget // size > MAX_BLOCKS:
+        raise ConfigError(
+            f"kv_memory of {budget:,} bytes makes {budget // size:,} blocks; at most {MAX_BLOCKS:,} are managed.",
+            param="kv_memory",
+            hint="Give less memory, or a larger block_size.",
         )
     if budget > free_bytes:
         raise OutOfMemoryError(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from nanovllm.engine.outputs import StepOutput
+from nanovllm.errors import RequestNotFoundError
 
 IDLE_S = 0.0005  # between two looks at a load of state that has not arrived
 
@@ -30,6 +31,10 @@ class Stepper(Protocol):
 
     def abort(self, request_id: str) -> bool:
         """End a request."""
+        ...
+
+    def is_live(self, request_id: str) -> bool:
+        """Not ended, or not handed over to the end."""
         ...
 
     def is_waiting_for_state(self) -> bool:
@@ -57,7 +62,7 @@ class Driver:
                         open_ids.remove(output.request_id)
                         del self._mail[output.request_id]
                 if open_ids:
-                    self._pump()
+                    self._pump(open_ids)
         finally:
             self.drop(open_ids)
 
@@ -66,21 +71,24 @@ class Driver:
         for request_id in request_ids:
             self._engine.abort(request_id)
             self._mail.pop(request_id, None)
-        self._deliver(self._engine.flush())
+        self._engine.flush()
 
     def _collect(self, request_id: str) -> list[StepOutput]:
         mail, self._mail[request_id] = self._mail[request_id], []
         return mail
 
-    def _pump(self) -> None:
+    def _pump(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            if not self._mail[request_id] and not self._engine.is_live(request_id):
+                raise RequestNotFoundError(f"The request {request_id!r} ended unheard.", param="request_id")
         outputs = self._engine.step()
-        self._deliver(outputs)
         for call in self.after_step:
             call()
         if not outputs and self._engine.is_waiting_for_state():
             time.sleep(IDLE_S)
 
-    def _deliver(self, outputs: list[StepOutput]) -> None:
+    def deliver(self, outputs: list[StepOutput]) -> None:
+        """The engine made these, in a step of ours or of anybody else's."""
         for output in outputs:
             if output.request_id in self._mail:
                 self._mail[output.request_id].append(output)

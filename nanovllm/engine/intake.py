@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from operator import index
+from typing import Protocol, SupportsIndex
 
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.segments import Segment, SegmentSpan
-from nanovllm.errors import ContextLengthError, InvalidRequestError
+from nanovllm.errors import ContextLengthError, InvalidRequestError, shown
 
 Prompt = str | Seq[int] | Seq[Segment]
 
@@ -48,14 +49,12 @@ class Intake:
             return self._join([part for part in prompt if isinstance(part, Segment)])
         return self._checked_ids(prompt), ()
 
-    def check(self, token_ids: list[int], params: SamplingParams, priority: int = 0) -> None:
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
         """Raise where the request can never be served: empty, too long, or naming tokens that do not exist."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(
                 f"sampling_params must be SamplingParams, not {type(params).__name__}.", param="sampling_params"
             )
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError(f"priority must be an integer, not {priority!r}.", param="priority")
         if not token_ids:
             raise InvalidRequestError("The prompt is empty.", param="prompt", hint="Give at least one token.")
         if len(token_ids) >= self.max_model_len:
@@ -64,6 +63,8 @@ class Intake:
                 param="prompt",
                 hint="Shorten the prompt, or raise max_model_len or kv_memory.",
             )
+        if (params.logprobs or 0) > self.vocab_size:
+            raise InvalidRequestError(f"logprobs: there are only {self.vocab_size} tokens.", param="logprobs")
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             if any(token_id >= self.vocab_size for token_id in ids):
                 raise InvalidRequestError(
@@ -86,9 +87,26 @@ class Intake:
         if not isinstance(ids, Seq):
             raise InvalidRequestError(f"A segment is text or token ids, not {type(ids).__name__}.", param="prompt")
         for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+            whole = isinstance(token_id, SupportsIndex) and not isinstance(token_id, bool)  # numpy's integers too
+            if not whole or not 0 <= index(token_id) < self.vocab_size:
                 raise InvalidRequestError(
-                    f"{token_id!r} is no token id of this model: they run from 0 to {self.vocab_size - 1}.",
+                    f"{shown(token_id)} is no token id of this model: they run from 0 to {self.vocab_size - 1}.",
                     param="prompt",
                 )
-        return [int(token_id) for token_id in ids if isinstance(token_id, int)]
+        return [index(token_id) for token_id in ids]
+
+
+def check_labels(
+    request_id: object, priority: object, namespace: object, cache_salt: object, prefill_only: object
+) -> None:
+    """Raise InvalidRequestError unless the labels that a request carries beside its prompt are of their kind."""
+    kinds = (
+        ("request_id", request_id if request_id is not None else "", str),
+        ("priority", priority, int),
+        ("namespace", namespace, str),
+        ("cache_salt", cache_salt, str),
+        ("prefill_only", prefill_only, bool),
+    )
+    for name, value, kind in kinds:
+        if type(value) is not kind:
+            raise InvalidRequestError(f"{name} must be {kind.__name__}, not {shown(value)}.", param=name)

@@ -17,7 +17,7 @@ from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.timeline import Timeline
 from nanovllm.engine.driver import Driver
 from nanovllm.engine.exec_batch import NO_TOKEN, ExecBatch, ExecResult, samples_next
-from nanovllm.engine.intake import Prompt
+from nanovllm.engine.intake import Prompt, check_labels
 from nanovllm.engine.marks import StepMarks
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.parts import EngineParts, Progress, RequestArgs
@@ -71,11 +71,13 @@ class LLMEngine:
         """
         # BEGIN SOLUTION add_request
         arrival_ns = self.clock.now_ns() if arrival_ns is None else arrival_ns
-        request_id, params = self._identify(request_id), sampling_params or SamplingParams()
+        check_labels(request_id, priority, namespace, cache_salt, prefill_only)
+        request_id = self._identify(request_id)
+        params = SamplingParams() if sampling_params is None else sampling_params
         self.events.request(request_id, "entered", 0, 0, 0, ts_ns=arrival_ns)
         try:
             token_ids, spans = self.intake.tokenize(prompt)
-            self.intake.check(token_ids, params, priority)
+            self.intake.check(token_ids, params)
         except NanoVLLMError:
             self.events.request(request_id, "rejected", 0, 0, 0)
             raise
@@ -87,19 +89,18 @@ class LLMEngine:
         return request_id
         # END SOLUTION
 
-    def resume(self, state: dict[str, Any], *, cache_salt: str = "") -> str:
-        """Go on with a sequence that another engine started: `state` is its resume view. Returns its request_id."""
-        seq = Sequence.__new__(Sequence)
-        seq.__setstate__(state)
-        self.intake.check(self.intake.tokenize(seq.token_ids)[0], seq.sampling_params)
-        if seq.block_size != self.scheduler.block_size:
-            raise InvalidRequestError("The sequence comes from an engine with another block_size.", param="block_size")
-        request_id = self._identify(seq.request_id)
-        self._adopt(seq, self.clock.now_ns())
-        if not 0 < seq.num_prompt_tokens <= seq.num_tokens < seq.max_total_tokens:
-            raise InvalidRequestError("The sequence is complete, or its counts disagree.", param="num_prompt_tokens")
-        seq.root_digest = root_digest({**self.parts.identity, "namespace": seq.namespace, "salt": cache_salt})
-        self._enqueue(request_id, [seq], None)
+    def resume(self, *states: dict[str, Any], cache_salt: str = "") -> str:
+        """Go on with a request that another engine started; returns its request_id.
+
+        `states` are the resume views of its sequences: one, or all n of them. Raises InvalidRequestError
+        where one is malformed, complete, or from an engine with another block size.
+        """
+        seqs = [self._restored(state, cache_salt) for state in states]
+        request_ids = {seq.request_id for seq in seqs}
+        if len(request_ids) != 1:
+            raise InvalidRequestError("The sequences to resume belong to several requests.", param="request_id")
+        request_id = self._identify(request_ids.pop())
+        self._enqueue(request_id, seqs, None)
         return request_id
 
     def abort(self, request_id: str) -> bool:
@@ -156,6 +157,10 @@ class LLMEngine:
         finally:
             self.driver.drop(request_id for request_id in ids if request_id in self.book)
         return [done[request_id] for request_id in ids]
+
+    def is_live(self, request_id: str) -> bool:
+        """True until the last increment of the request was handed over."""
+        return request_id in self.book
 
     def is_waiting_for_state(self) -> bool:
         """True when nothing can run before a load of state arrives."""
@@ -232,6 +237,7 @@ class LLMEngine:
             output = self.book.take(seq)
             if output is not None:
                 outputs.append(output)
+        self.driver.deliver(outputs)
         return outputs
 
     def _emit_idle(self) -> list[StepOutput]:
@@ -263,6 +269,18 @@ class LLMEngine:
             token_ids, params, self.scheduler.block_size, request_id, index=index, seed=(seed + index) % 2**64
         )
         self._adopt(seq, arrival_ns)
+        return seq
+
+    def _restored(self, state: dict[str, Any], cache_salt: str) -> Sequence:
+        seq = Sequence.__new__(Sequence)
+        seq.__setstate__(state)
+        self.intake.check(self.intake.tokenize(seq.token_ids)[0], seq.sampling_params)
+        if seq.block_size != self.scheduler.block_size:
+            raise InvalidRequestError("The sequence comes from an engine with another block_size.", param="block_size")
+        self._adopt(seq, self.clock.now_ns())
+        if not 0 < seq.num_prompt_tokens <= seq.num_tokens < seq.max_total_tokens:
+            raise InvalidRequestError("The sequence is complete, or its counts disagree.", param="num_prompt_tokens")
+        seq.root_digest = root_digest({**self.parts.identity, "namespace": seq.namespace, "salt": cache_salt})
         return seq
 
     def _adopt(self, seq: Sequence, arrival_ns: int) -> None:

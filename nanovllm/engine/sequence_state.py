@@ -27,10 +27,11 @@ a lost one stops the step, a false one reads or writes another sequence's KV.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.sampling_params import MAX_N, SamplingParams
 from nanovllm.core.segments import SegmentSpan
 from nanovllm.errors import InvalidRequestError
 
@@ -67,16 +68,54 @@ def resume_view(seq: Sequence) -> dict[str, Any]:
 
 
 def restore(seq: Sequence, state: dict[str, Any]) -> None:
-    """Fill `seq` from a resume view. Raises InvalidRequestError naming a field that is missing."""
+    """Fill `seq` from a resume view. Raises InvalidRequestError naming a field that is missing or malformed."""
+    if not isinstance(state, dict):
+        raise InvalidRequestError("A sequence state is a mapping.", param="state")
     missing = [name for name in RESUME_FIELDS if name not in state]
     if missing:
         raise InvalidRequestError(f"The sequence state lacks {missing[0]!r}.", param=missing[0])
     values = {name: state[name] for name in RESUME_FIELDS}
-    params = dict(values["sampling_params"])
-    params["logit_bias"] = dict(params.get("logit_bias", ()))
-    values["sampling_params"] = SamplingParams(**params)
+    for name, is_sound in SOUND.items():
+        if not is_sound(values[name]):
+            raise InvalidRequestError(f"{name} of the sequence state is malformed.", param=name)
+    values["sampling_params"] = _restored_params(values["sampling_params"])
     values["segments"] = tuple(SegmentSpan(*span) for span in values["segments"])
     type(seq).__init__(seq, **values)
+
+
+def _restored_params(params: dict[str, Any]) -> SamplingParams:
+    try:
+        return SamplingParams(**{**params, "logit_bias": dict(params.get("logit_bias", ()))})
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidRequestError):
+            raise
+        raise InvalidRequestError(
+            "sampling_params of the sequence state is malformed.", param="sampling_params"
+        ) from error
+
+
+def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value < high
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and [type(part) for part in value] == [str, int, int]
+
+
+SOUND: dict[str, Callable[[Any], bool]] = {
+    "token_ids": lambda value: isinstance(value, list),  # the ids themselves are checked as those of any prompt
+    "num_prompt_tokens": _is_whole(1, 2**31),
+    "sampling_params": lambda value: isinstance(value, dict),
+    "seed": _is_whole(0, 2**64),
+    "block_size": _is_whole(1, 2**31),
+    "request_id": lambda value: isinstance(value, str) and value != "",
+    "index": _is_whole(0, MAX_N),
+    "namespace": lambda value: isinstance(value, str),
+    "priority": _is_whole(-(2**63), 2**63),
+    "prefill_only": lambda value: isinstance(value, bool),
+    "segments": lambda value: isinstance(value, list) and all(map(_is_span, value)),
+    "num_preemptions": _is_whole(0, 2**31),
+}
 
 
 def worker_view(seq: Sequence) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Invariant: no value leaves it unchecked, so no absurd number reaches an allocati
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ class Fields:
         if value is default:
             return value
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not math.isfinite(value) or not low < value <= high:
+        if not numeric or not low < value <= high:  # NaN fails both comparisons
             raise self.bad(key, value, f"a number above {low:g} and up to {high:g}")
         return float(value)
 

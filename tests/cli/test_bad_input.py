@@ -23,7 +23,7 @@ TINY = ("run", "tiny:random", "hello")
         (("--max-tokens", "0"), "max_tokens must be an integer in [1,"),
         (("--seed", "-3"), "seed must be an integer"),
         (("--stop", ""), "stop must be"),
-        (("--block-size", "0"), "block_size must be an integer of at least 1"),
+        (("--block-size", "0"), "block_size must be an integer from 1 to"),
         (("--block-size", "many"), "block_size cannot be read from 'many'"),
         (("--kv-memory", "lots"), "kv_memory must be a size such as '2GiB'"),
         (("--dtype", "float8"), "dtype must be one of auto, float32, bfloat16"),
@@ -105,7 +105,8 @@ def test_a_damaged_gguf_file(nanovllm: Run, tmp_path: Path, kind: str) -> None:
     ("settings", "code", "words"),
     [
         (("--max-model-len", "8"), 2, "at most 7 fit beside one of output"),
-        (("--num-blocks", "99999999999"), 1, "are free. Lower kv_memory"),
+        (("--num-blocks", "4194304", "--block-size", "4096"), 1, "are free. Lower kv_memory"),
+        (("--num-blocks", "99999999999"), 2, "num_blocks must be an integer from 1 to"),
         (("--device", "cuda", "--kernels", "cpu"), 2, "cuda"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_false_namespace_sees_another_tenants_state(engines: tuple[LLM, LLM]) 
 
 
 def test_a_false_priority_overtakes(engines: tuple[LLM, LLM]) -> None:
-    seqs = [Sequence([1], PARAMS, 4, priority=p) for p in (5, 0)]
+    seqs = [Sequence([1], PARAMS, 4, request_id="a", priority=p) for p in (5, 0)]
     states = [seq.__getstate__() for seq in seqs]
     assert [state["priority"] for state in states] == [5, 0]
     restored = copy.copy(seqs[0])

@@ -29,10 +29,10 @@ demo: install model ## ask the default model a question; stream the answer, then
 	$(BIN)/nanovllm run smollm2 "$(QUESTION)" --max-tokens 120 --timeline
 
 test: .venv/.test-installed model lint ## linter, formatter, types, and every test but the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n $(PYTEST_WORKERS) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-long: .venv/.test-installed model ## the long proofs
-	$(BIN)/python -m pytest -m long $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 bars: .venv/.bench-installed model ## each promised figure beside its bar
 	$(BIN)/python benchmarks/bars.py

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def test_a_closed_pipe_is_no_drama(start: Callable[..., subprocess.Popen[bytes]]
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 1
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"),
+    [(">&-", 0, ""), ("2>&-", 0, ""), ("<&-", 2, "prompt is empty"), ("> /dev/full", 1, "cannot be written")],
+)
+def test_closed_and_full_streams_are_told_in_a_sentence(redirection: str, code: int, words: str) -> None:
+    prompt = "-" if redirection == "<&-" else "hello"
+    command = f"{sys.executable} -m nanovllm run tiny:random {prompt} --raw --quiet --max-tokens 4 {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and words in done.stderr
+    assert "Internal error" not in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.model

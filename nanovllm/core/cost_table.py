@@ -1,9 +1,9 @@
 """The cost table T(cached, new): milliseconds to compute `new` tokens behind `cached` ones.
 
-What it is: one object per model and machine, learned from observed runs, read by
-policies, the simulator and admission. What it knows nothing about: who measured.
-Invariants: an estimate between observed points is interpolated and labelled
-`measured`-based only at an observed point; everything else says `estimated`.
+What it is: one object per model and machine: a linear model, and the runs observed so
+far. The simulated runner takes its time from it. What it knows nothing about: who
+measured. Invariant: only an observed point is labelled `measured`; whatever comes from
+the model says `estimated`.
 """
 
 from __future__ import annotations

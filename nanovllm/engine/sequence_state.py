@@ -2,8 +2,9 @@
 
 The *resume view* (`Sequence.__getstate__`) lets another engine go on with the
 request. It is plain data, holds no physical block ids, and says that nothing is
-cached: KV is recomputed, or found again by digest. The *worker view* lets a runner
-in another process execute one step: physical block ids and counters, no sampling state.
+cached: KV is recomputed, or found again by digest. The *worker view* is the other half:
+physical block ids and counters of the step in flight, no sampling state. `ExecBatch`
+carries the same for a whole batch as arrays; the view shows it for one sequence.
 
 Resume view, field by field:
 | field             | when it is lost                              | what goes silently wrong when it is false |

@@ -92,10 +92,7 @@ class Bench:
             assert [r.cached_tokens for r in results.values()] == [r.prompt_len - 1 for r in results.values()], case
 
 
-TINY_MODELS = [
-    "tiny:random",
-    *(pytest.param(f"tiny:random-{kind}", marks=pytest.mark.long) for kind in ("qwen2", "qwen3")),
-]
+TINY_MODELS = ["tiny:random", "tiny:random-qwen2", "tiny:random-qwen3"]
 
 
 @pytest.fixture(scope="module", params=TINY_MODELS)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanovllm.config import LIMITS
 from nanovllm.errors import ConfigError, InvalidRequestError, OutOfMemoryError
 from nanovllm.models.model_config import ModelConfig
 
 DEFAULT_SHARE = 0.25  # of free memory, where nobody names a budget
 DEFAULT_CEILING = 4 * 2**30
-MAX_BLOCKS = 2**22
+MAX_BLOCKS = LIMITS["num_blocks"]
 
 
 @dataclass(frozen=True)

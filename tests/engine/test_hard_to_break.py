@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,8 +156,10 @@ def test_numpy_integers_are_token_ids(llm: LLM) -> None:
 
 
 def test_logprobs_ask_for_no_more_tokens_than_there_are(llm: LLM) -> None:
-    assert llm.engine.intake.vocab_size == 260
-    llm.engine.intake.check([1], SamplingParams(logprobs=20))
+    small = replace(llm.engine.intake, vocab_size=10)
+    small.check([1], SamplingParams(logprobs=10))
+    with pytest.raises(InvalidRequestError, match="only 10 tokens"):
+        small.check([1], SamplingParams(logprobs=11))
 
 
 def test_priorities_rank_the_prompts_of_one_call() -> None:

@@ -7,7 +7,8 @@ each instance may name the parameter at fault and says how to mend it.
 
     NanoVLLMError                     500 internal_error
     ├── InvalidRequestError           400 invalid_request        a request's field is off
-    │   └── ContextLengthError        400 context_length_exceeded  it can never fit
+    │   ├── ContextLengthError        400 context_length_exceeded  it can never fit
+    │   └── UnsupportedParameterError 400 unsupported_parameter  a field this package, or this model, does not know
     ├── ConfigError                   400 invalid_config         an engine setting is off
     ├── ModelNotFoundError            404 model_not_found        no such model, or no network
     ├── ModelFileError                422 model_file_invalid     truncated, hostile or foreign bytes
@@ -15,7 +16,14 @@ each instance may name the parameter at fault and says how to mend it.
     ├── OutOfMemoryError              507 out_of_memory          the machine cannot hold it
     ├── RequestNotFoundError          404 request_not_found      unknown or finished request id
     ├── EngineClosedError             503 engine_closed          used after close()
-    └── ExecutionError                500 execution_failed       a step's forward pass failed
+    ├── ExecutionError                500 execution_failed       a stage of a step failed
+    ├── DeadlineError                 504 deadline_exceeded      it took longer than it was given
+    ├── UnhealthyError                503 engine_unhealthy       the engine fails again and again, or is gone
+    ├── BusyError                     503 server_overloaded      no room now; says when to come again
+    │   ├── RateLimitError            429 rate_limit_exceeded    this tenant's share is used up
+    │   └── DrainingError             503 draining               shutting down, or not started yet
+    └── AccessError                   403 access_denied          this caller may not do that
+        └── AuthenticationError       401 invalid_api_key        no key, or an unknown one
 """
 
 from __future__ import annotations
@@ -42,6 +50,12 @@ class ContextLengthError(InvalidRequestError):
     """The prompt, or prompt and output together, can never fit the model or the KV pool."""
 
     code = "context_length_exceeded"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A request's field is unknown, or asks for what this package, installation or model cannot do."""
+
+    code = "unsupported_parameter"
 
 
 class ConfigError(NanoVLLMError, ValueError):
@@ -90,9 +104,57 @@ class EngineClosedError(NanoVLLMError):
 
 
 class ExecutionError(NanoVLLMError):
-    """The forward pass of one step failed; the requests of that step failed with it."""
+    """A stage of a step failed; the requests it concerned failed with it."""
 
     status, code = 500, "execution_failed"
+
+
+class DeadlineError(NanoVLLMError):
+    """A request took longer than it, or the server, allows."""
+
+    status, code = 504, "deadline_exceeded"
+
+
+class UnhealthyError(NanoVLLMError):
+    """The engine failed several times in a row, or has ended: it takes no more requests."""
+
+    status, code = 503, "engine_unhealthy"
+
+
+class BusyError(NanoVLLMError):
+    """The queue is full. `retry_after_s` is when there may be room."""
+
+    status, code = 503, "server_overloaded"
+
+    def __init__(
+        self, message: str, *, retry_after_s: int = 1, param: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitError(BusyError):
+    """One tenant has as much in flight as it may."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+
+class DrainingError(BusyError):
+    """The server is shutting down, or has not loaded its model yet."""
+
+    code = "draining"
+
+
+class AccessError(NanoVLLMError):
+    """The caller is not allowed to do this."""
+
+    status, code = 403, "access_denied"
+
+
+class AuthenticationError(AccessError):
+    """The API key is missing or unknown."""
+
+    status, code = 401, "invalid_api_key"
 
 
 def shown(value: object) -> str:

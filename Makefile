@@ -66,7 +66,7 @@ model: install
 
 .venv/.installed: pyproject.toml scripts/install_torch.sh | .venv/bin/python
 	scripts/install_torch.sh .venv/bin/python
-	$(PIP) --quiet -e .
+	$(PIP) --quiet -e ".[grammar]"
 	@touch $@
 
 .venv/.test-installed: .venv/.installed

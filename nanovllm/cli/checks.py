@@ -22,7 +22,7 @@ from nanovllm.kernels.selection import choose_device, choose_dtype, has_bfloat16
 from nanovllm.models.hub import ALIASES
 from nanovllm.models.wheel_model import cache_dir
 
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf", "jinja2", "msgpack", "huggingface-hub")
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf", "jinja2", "msgspec", "huggingface-hub")
 LOW_MEMORY_BYTES = 2 * 2**30
 MATMUL_SIZE, MATMUL_S = 1024, 0.5
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import msgpack
+import msgspec
 
 from nanovllm.engine.exec_batch import ExecBatch, ExecResult
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def write_frame(pipe: BinaryIO, content: Any) -> None:
-    data = msgpack.packb(content)
+    data = msgspec.msgpack.encode(content)
     pipe.write(struct.pack("<I", len(data)) + data)
     pipe.flush()
 
@@ -27,7 +27,7 @@ def write_frame(pipe: BinaryIO, content: Any) -> None:
 def read_frame(pipe: BinaryIO) -> Any:
     """The next frame, or None at the end."""
     head = pipe.read(4)
-    return msgpack.unpackb(pipe.read(struct.unpack("<I", head)[0])) if head else None
+    return msgspec.msgpack.decode(pipe.read(struct.unpack("<I", head)[0])) if head else None
 
 
 class ProcessRunner:

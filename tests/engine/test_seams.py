@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-import msgpack
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -193,7 +193,7 @@ def scheduled(draw: Any) -> Sequence:
 @given(st.lists(scheduled(), min_size=1, max_size=5))
 def test_a_batch_crosses_the_wire_unchanged(seqs: list[Sequence]) -> None:
     batch = ExecBatch.build(seqs)
-    again = ExecBatch.from_wire(msgpack.unpackb(msgpack.packb(batch.to_wire())))
+    again = ExecBatch.from_wire(msgspec.msgpack.decode(msgspec.msgpack.encode(batch.to_wire())))
     pairs = [(getattr(batch, f.name), getattr(again, f.name)) for f in fields(ExecBatch) if f.name != "sampling"]
     pairs += [(getattr(batch.sampling, f.name), getattr(again.sampling, f.name)) for f in fields(SamplingBatch)]
     for sent, got in pairs:
@@ -237,7 +237,7 @@ def test_arrays_that_are_none_are_refused(array: Any) -> None:
 
 def test_results_cross_the_wire() -> None:
     result = ExecResult(np.array([3, 4]), [None, [(4, -0.5), (1, -0.75)]])
-    again = ExecResult.from_wire(msgpack.unpackb(msgpack.packb(result.to_wire())))
+    again = ExecResult.from_wire(msgspec.msgpack.decode(msgspec.msgpack.encode(result.to_wire())))
     assert again.token_ids.tolist() == [3, 4] and again.logprobs == result.logprobs
 
 

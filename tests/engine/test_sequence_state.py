@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import msgpack
+import msgspec
 import pytest
 
 from nanovllm import LLM, SamplingParams, Segment
@@ -39,7 +39,7 @@ def started(llm: LLM, steps: int = 5, **request: Any) -> Sequence:
 def moved(first: LLM, second: LLM, change: dict[str, Any] | None = None, **request: Any) -> Any:
     """Start in one engine, hand the state over as bytes, abort there, finish in the other."""
     seq = started(first, **request)
-    state = msgpack.unpackb(msgpack.packb(seq.__getstate__()))
+    state = msgspec.msgpack.decode(msgspec.msgpack.encode(seq.__getstate__()))
     first.engine.abort(seq.request_id)
     first.engine.flush()
     request_id = second.engine.resume({**state, **(change or {})})
@@ -55,7 +55,7 @@ def test_the_view_is_plain_and_holds_no_physical_state(engines: tuple[LLM, LLM])
     seq = started(engines[0])
     assert seq.block_table and seq.num_cached_tokens
     state = seq.__getstate__()
-    assert msgpack.unpackb(msgpack.packb(state)) == state
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(state)) == state
     assert state["num_cached_tokens"] == 0 and "block_table" not in state and "timeline" not in state
     restored = copy.copy(seq)
     assert restored.token_ids == seq.token_ids and restored.block_table == [] and restored.num_cached_tokens == 0
@@ -159,7 +159,7 @@ def test_the_worker_view_names_the_tokens_to_compute_and_their_blocks(engines: t
     seq.num_scheduled_tokens = 1
     view = sequence_state.worker_view(seq)
     seq.num_scheduled_tokens = 0
-    assert msgpack.unpackb(msgpack.packb(view)) == view
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(view)) == view
     assert view["token_ids"] == [seq.token_ids[-1]] and view["start"] == seq.num_tokens - 1
     assert view["block_table"] == seq.block_table and "sampling_params" not in view
     engines[0].engine.abort(seq.request_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import msgpack
+import msgspec
 import pytest
 from exact_harness import limit, preempt_at, preempt_each_token, run, sharing_model
 from golden_prompts import PROMPTS
@@ -95,14 +95,14 @@ def test_same_text_after_hand_over(smollm2: LLM, prompts: list[list[int]], alone
     outputs: dict[str, Any] = {}
     for _ in range(num_steps):
         outputs |= {out.request_id: out.final for out in engine.step() if out.final}
-    wire = [msgpack.packb(seq.__getstate__()) for seq in engine.scheduler.live()]
+    wire = [msgspec.msgpack.encode(seq.__getstate__()) for seq in engine.scheduler.live()]
     for request_id in ids:
         engine.abort(request_id)
     engine.flush()
     with sharing_model(smollm2, prefix_mode="reuse") as other:
         other.engine.add_request(prompts[0], PARAMS[1], request_id="neighbour")
         for state in wire:
-            other.engine.resume(msgpack.unpackb(state))
+            other.engine.resume(msgspec.msgpack.decode(state))
         while not other.engine.is_finished():
             outputs |= {out.request_id: out.final for out in other.engine.step() if out.final}
     assert set(outputs) == {*NAMES, "neighbour"}

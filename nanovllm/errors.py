@@ -22,6 +22,7 @@ each instance may name the parameter at fault and says how to mend it.
     ├── BusyError                     503 server_overloaded      no room now; says when to come again
     │   ├── RateLimitError            429 rate_limit_exceeded    this tenant's share is used up
     │   └── DrainingError             503 draining               shutting down, or not started yet
+    ├── RemoteError                   502 remote_failed          another server is not there, refused, or sent no answer
     └── AccessError                   403 access_denied          this caller may not do that
         └── AuthenticationError       401 invalid_api_key        no key, or an unknown one
 """
@@ -119,6 +120,19 @@ class UnhealthyError(NanoVLLMError):
     """The engine failed several times in a row, or has ended: it takes no more requests."""
 
     status, code = 503, "engine_unhealthy"
+
+
+class RemoteError(NanoVLLMError):
+    """Another server could not be reached, refused the request, or sent what is no answer.
+
+    `status` is the one that server gave (502 where it gave none); `code` says in one word what went wrong.
+    """
+
+    status, code = 502, "remote_failed"
+
+    def __init__(self, message: str, *, code: str, status: int = 502, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.status, self.code = status, code
 
 
 class BusyError(NanoVLLMError):

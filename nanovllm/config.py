@@ -28,6 +28,7 @@ PREFIX_MODES = ("off", "observe", "reuse")
 SCHEDULE_MODES = ("mixed", "separate")
 POLICIES = ("fcfs", "priority", "sjf")
 LIMITS = {"event_capacity": 2**24, "num_blocks": 2**22, "num_threads": os.cpu_count() or 1}
+SERVER_TABLE = "server"  # the table of a settings file that nanovllm.serve.config reads
 ALIASES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -110,7 +111,8 @@ class EngineConfig:
         """Merge file, environment and flags; also return the source of each setting that is not a default."""
         merged: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        for source, values in (("file", _read_file(file)), ("environment", _read_env(env)), ("flag", flags)):
+        own = {key: value for key, value in read_toml(file).items() if key != SERVER_TABLE}
+        for source, values in (("file", own), ("environment", _read_env(env)), ("flag", flags)):
             for key, value in _checked(_without_aliases(values)).items():
                 merged[key], sources[key] = value, source
         return cls(**merged), sources
@@ -180,7 +182,8 @@ def _check_share(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be between 0 and 1, not {shown(value)}.", param=name)
 
 
-def _read_file(path: Path | None) -> dict[str, Any]:
+def read_toml(path: Path | None) -> dict[str, Any]:
+    """The settings file as it is written; without one, nothing. Raises ConfigError."""
     if path is None:
         return {}
     try:
@@ -189,22 +192,36 @@ def _read_file(path: Path | None) -> dict[str, Any]:
         raise ConfigError(f"The settings file {path} cannot be read: {error}.", param="config") from error
 
 
+def env_name(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"NANOVLLM_{name.upper()}"
+
+
 def _read_env(env: Mapping[str, str]) -> dict[str, Any]:
     """`NANOVLLM_BLOCK_SIZE=32` sets block_size; variables that name no setting are left to others."""
     found: dict[str, Any] = {}
     for f in fields(EngineConfig):
-        text = env.get(f"NANOVLLM_{f.name.upper()}")
+        text = env.get(env_name(f.name))
         if text is not None:
-            found[f.name] = parse_setting(f.name, text)
+            try:
+                found[f.name] = parse_setting(f.name, text)
+            except ConfigError:
+                raise ConfigError(f"{env_name(f.name)} cannot be read from {shown(text)}.", param=f.name) from None
     return found
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """The value of one setting given as text, by the type its field is annotated with."""
-    kind = next(str(f.type) for f in fields(EngineConfig) if f.name == name)
+    """The value of one engine setting given as text, by the type its field is annotated with."""
+    return parse_text(next(str(f.type) for f in fields(EngineConfig) if f.name == name), name, text)
+
+
+def parse_text(kind: str, name: str, text: str) -> Any:
+    """`text` as the annotated type `kind` says; a tuple's parts stand between commas. Raises ConfigError."""
     try:
         if kind.startswith("bool"):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        if kind.startswith("tuple"):
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         if kind.startswith(("int | str", "str")):
             return text
         return float(text) if kind.startswith("float") else int(text)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: the gate decides who comes in, the surface what is asked and answered."""

@@ -1,0 +1,76 @@
+"""What gate and surface hand each other: the server's parts, and the ticket of one request.
+
+What it is: plain data. `Services` is one per server, found at `request.app.state.services`;
+a `Ticket` is one per request, found at `scope["nanovllm.ticket"]`. What it knows
+nothing about: how admission counts, what endpoints do. Invariant: a ticket can be
+told anything at any time; its slot keeps the books whole.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # both bring more than a test of the gate needs
+    from nanovllm.engine.async_engine import AsyncEngine
+    from nanovllm.serve.admission import Admission, Slot
+    from nanovllm.serve.config import Limits, ServerConfig
+    from nanovllm.serve.tenants import Tenants
+
+TICKET = "nanovllm.ticket"
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who asks: the holder of one key, or everyone where there are no keys."""
+
+    name: str
+    namespace: str
+    is_admin: bool = False
+
+
+@dataclass
+class Ticket:
+    """One request's pass through the server. `slot` is None where the request queues for nothing."""
+
+    request_id: str
+    tenant: Tenant
+    arrival_ns: int
+    slot: Slot | None = None
+
+    def revise(self, prompt_tokens: int, n: int) -> None:
+        """The estimate becomes the count: all prompts' tokens, all sequences. Raises BusyError, RateLimitError."""
+        if self.slot is not None:
+            self.slot.revise(prompt_tokens, n)
+
+    def started(self) -> None:
+        """The engine runs it: what it holds leaves the queue."""
+        if self.slot is not None:
+            self.slot.started()
+
+    def release(self) -> None:
+        """The request is over; told by the gate, once or more."""
+        if self.slot is not None:
+            self.slot.release()
+
+
+class ServerMetrics(Protocol):
+    """What /metrics needs of whoever counts."""
+
+    def render(self) -> tuple[bytes, str]:
+        """The page and its content type."""
+        ...
+
+
+@dataclass
+class Services:
+    """The parts of one running server."""
+
+    engine: AsyncEngine
+    config: ServerConfig
+    limits: Limits
+    tenants: Tenants
+    admission: Admission
+    pool: ThreadPoolExecutor
+    metrics: ServerMetrics | None = None

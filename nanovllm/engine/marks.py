@@ -21,7 +21,7 @@ class StepMarks:
 
     def __init__(self, clock: Clock, events: EventBus) -> None:
         self.clock, self.events = clock, events
-        self.num_steps = 0
+        self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
         self._launch_ns = 0
 
     def launch(self, batch: ScheduledBatch, scheduler: Scheduler) -> None:
@@ -29,6 +29,8 @@ class StepMarks:
         self._launch_ns = self.clock.now_ns()
         self.num_steps += 1
         decodes = sum(not seq.is_prefilling for seq in batch.seqs)
+        self.num_prefill_tokens += batch.num_tokens - decodes
+        self.num_decode_tokens += decodes
         self.events.step(
             self.num_steps,
             len(batch),
@@ -67,7 +69,8 @@ class StepMarks:
                 timeline.first_handover_ns = now_ns
             timeline.last_handover_ns = now_ns
         if seq.is_finished:
-            self._emit(seq, ENDS.get(seq.status, "output_complete"), 0)
+            end = "failed" if seq.finish_reason == "error" else ENDS.get(seq.status, "output_complete")
+            self._emit(seq, end, 0)
             self._emit(seq, "state_released", 0)
 
     def _is_first_chunk(self, seq: Sequence) -> bool:

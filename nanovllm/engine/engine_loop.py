@@ -1,0 +1,219 @@
+"""EngineLoop: one engine, stepped in a thread or process of its own, spoken to in messages.
+
+What it is: the loop that takes messages, steps the engine and sends one report a step.
+What it knows nothing about: who is at the other end, event loops, HTTP. Invariants:
+every submitted request is answered by exactly one `Finished`; the loop says something
+at least once a second while steps are shorter than that; an exception never leaves it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.driver import IDLE_S
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.messages import (
+    Abort,
+    Died,
+    EngineInfo,
+    EngineStats,
+    ErrorInfo,
+    Finished,
+    FromEngine,
+    Heartbeat,
+    StepReport,
+    Stop,
+    Submit,
+    ToEngine,
+    delta_of,
+    finished_of,
+    params_from_wire,
+)
+from nanovllm.engine.outputs import StepOutput
+from nanovllm.errors import ExecutionError, NanoVLLMError, UnhealthyError
+
+logger = logging.getLogger("nanovllm")
+
+HEARTBEAT_S = 1.0
+MAX_BAD_STEPS = 3
+RECENT = 0.2  # weight of the newest step in the prefill rate
+
+Inbox = queue.SimpleQueue[ToEngine]
+Send = Callable[[FromEngine], None]
+
+
+class EngineLoop:
+    """Runs until it is told to stop."""
+
+    def __init__(self, engine: LLMEngine, inbox: Inbox, send: Send) -> None:
+        self.engine, self._inbox, self._send = engine, inbox, send
+        self._queued: set[str] = set()  # submitted, and not run yet
+        self._compiling: dict[str, Submit] = {}  # their grammar is being compiled elsewhere
+        self._refused: list[Finished] = []  # ended without having entered the engine
+        self._prefill_rate = 0.0
+        self._bad_turns = 0
+        self._is_unhealthy = False
+        self._last_beat_s = 0.0
+        self._num_blocks = engine.scheduler.kv.num_free_blocks  # nothing is leased yet
+
+    def run(self) -> None:
+        """Take messages and step until `Stop`; then abort what lives and close the engine."""
+        while self._take_messages():
+            outputs = self._turn()
+            self._report(outputs)
+            if self.engine.is_waiting_for_state() and not outputs:
+                time.sleep(IDLE_S)
+        self.engine.close()
+
+    # -- in ----------------------------------------------------------------------------------------
+
+    def _take_messages(self) -> bool:
+        """Act on every message there is; where there is nothing to do, wait for one. False: the end."""
+        is_idle = self.engine.is_finished() and not self._refused
+        try:
+            message = self._inbox.get(timeout=HEARTBEAT_S) if is_idle else self._inbox.get_nowait()
+            while True:
+                if isinstance(message, Stop):
+                    return False
+                self._take(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _take(self, message: Submit | Abort) -> None:
+        if isinstance(message, Abort):
+            self._abort(message.request_id)
+            return
+        try:
+            self._submit(message)
+        except NanoVLLMError as error:
+            self._refuse(message.request_id, error)
+        except Exception as error:  # whatever it is, it is this request's
+            logger.exception("A request could not enter the engine.")
+            self._refuse(message.request_id, ExecutionError(f"The request failed: {type(error).__name__}."))
+
+    def _submit(self, message: Submit) -> None:
+        """Enter the engine; a request with a grammar enters when that is compiled, and stalls nobody meanwhile."""
+        if self._is_unhealthy:
+            raise UnhealthyError("The engine failed several times in a row.", hint="Restart the server.")
+        self._enter(message)
+
+    def _enter(self, message: Submit) -> None:
+        if message.params.get("grammar") and self._compiling.pop(message.request_id, None) is None:
+            return  # aborted while its grammar was compiled
+        self.engine.add_request(
+            message.token_ids,
+            params_from_wire(message.params),
+            request_id=message.request_id,
+            namespace=message.namespace,
+            cache_salt=message.cache_salt,
+            priority=message.priority,
+            template_tokens=message.template_tokens,
+            arrival_ns=message.arrival_ns,
+        )
+        self._queued.add(message.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        if self._compiling.pop(request_id, None) is not None:
+            self._refused.append(Finished(request_id, finish_reasons=["abort"]))
+        self.engine.abort(request_id)
+
+    def _refuse(self, request_id: str, error: NanoVLLMError) -> None:
+        self._compiling.pop(request_id, None)
+        self._refused.append(Finished(request_id, error=ErrorInfo.of(error)))
+
+    # -- one turn ----------------------------------------------------------------------------------
+
+    def _turn(self) -> list[StepOutput]:
+        """One step if there is work. What even the engine did not catch counts as a bad step."""
+        if self.engine.is_finished():
+            return []
+        before, start_s = self.engine.marks.num_prefill_tokens, time.perf_counter()
+        try:
+            outputs = self.engine.step()
+            self._bad_turns = 0
+        except Exception:
+            logger.exception("A step failed.")
+            self._bad_turns += 1
+            outputs = []
+        self._learn_prefill_rate(self.engine.marks.num_prefill_tokens - before, time.perf_counter() - start_s)
+        if max(self._bad_turns, self.engine.bad_steps_in_a_row) >= MAX_BAD_STEPS and not self._is_unhealthy:
+            outputs = [*outputs, *self._give_up()]
+        return outputs
+
+    def _give_up(self) -> list[StepOutput]:
+        """Too many bad steps: everything that lives fails, and nothing new enters."""
+        self._is_unhealthy = True
+        error = UnhealthyError(f"{MAX_BAD_STEPS} steps failed in a row.", hint="See the log, restart the server.")
+        self._send(Died(ErrorInfo.of(error)))
+        for request_id in self.engine.book.request_ids:
+            self.engine.abort(request_id)
+        return self.engine.flush()
+
+    def _learn_prefill_rate(self, num_tokens: int, seconds: float) -> None:
+        if num_tokens:
+            rate = num_tokens / seconds
+            self._prefill_rate = rate if not self._prefill_rate else (1 - RECENT) * self._prefill_rate + RECENT * rate
+
+    # -- out ---------------------------------------------------------------------------------------
+
+    def _report(self, outputs: list[StepOutput]) -> None:
+        """One message for the whole step; a heartbeat now and then where there is nothing to say."""
+        finals = [output.final for output in outputs if output.final is not None]
+        finished = [*self._refused, *map(finished_of, finals)]
+        started = self._newly_started()
+        self._refused = []
+        self._queued.difference_update(final.request_id for final in finals)
+        if not (outputs or finished or started):
+            if time.monotonic() - self._last_beat_s >= HEARTBEAT_S / 2:
+                self._say(Heartbeat(self.stats()))
+            return
+        self._say(StepReport(self.stats(), list(map(delta_of, outputs)), finished, started))
+
+    def _say(self, message: FromEngine) -> None:
+        self._last_beat_s = time.monotonic()
+        self._send(message)
+
+    def _newly_started(self) -> list[str]:
+        """Requests that were queued and have run since."""
+        started = [r for r in self._queued if any(s.timeline.launch_ns for s in self.engine.book.sequences(r))]
+        self._queued.difference_update(started)
+        return started
+
+    def info(self, config: EngineConfig) -> EngineInfo:
+        """What was decided at start."""
+        intake, tier = self.engine.intake, self.engine.parts.device_tier
+        return EngineInfo(
+            model=config.model,
+            vocab_size=intake.vocab_size,
+            max_model_len=intake.max_model_len,
+            block_size=self.engine.scheduler.block_size,
+            num_blocks=self._num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefix_mode=config.prefix_mode,
+            dtype="" if tier is None else str(tier.pool.dtype).removeprefix("torch."),
+            device="" if tier is None else tier.pool.device.type,
+            label=self.engine.parts.label,
+        )
+
+    def stats(self) -> EngineStats:
+        """The engine in numbers, as of now."""
+        scheduler, marks = self.engine.scheduler, self.engine.marks
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._compiling),
+            loading=len(scheduler.loading),
+            num_blocks=self._num_blocks,
+            free_blocks=scheduler.kv.num_free_blocks,
+            steps=marks.num_steps,
+            bad_steps_in_a_row=max(self._bad_turns, self.engine.bad_steps_in_a_row),
+            preemptions=scheduler.num_preemptions,
+            prefill_tokens=marks.num_prefill_tokens,
+            decode_tokens=marks.num_decode_tokens,
+            prefill_tokens_per_s=self._prefill_rate,
+        )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+from nanovllm.engine.faults import StepHealth
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.errors import RequestNotFoundError
 
@@ -20,6 +21,8 @@ IDLE_S = 0.0005  # between two looks at a load of state that has not arrived
 
 class Stepper(Protocol):
     """The part of an engine this module needs."""
+
+    health: StepHealth
 
     def step(self) -> list[StepOutput]:
         """One turn."""
@@ -82,6 +85,8 @@ class Driver:
             if not self._mail[request_id] and not self._engine.is_live(request_id):
                 raise RequestNotFoundError(f"The request {request_id!r} ended unheard.", param="request_id")
         outputs = self._engine.step()
+        if not outputs:
+            self._engine.health.raise_if_stuck()
         for call in self.after_step:
             call()
         if not outputs and self._engine.is_waiting_for_state():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nanovllm.engine.sampling_batch import SamplingBatch
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import ExecutionError, InvalidRequestError
 
 Ints = NDArray[np.int64]
 NO_TOKEN = -1  # in place of a sampled token: the row's logits were no numbers
@@ -81,6 +81,11 @@ class ExecResult:
 
     token_ids: Ints  # [M]
     logprobs: list[list[tuple[int, float]] | None]
+
+    def check(self, num_rows: int) -> None:
+        """Raise ExecutionError unless there is a token for each of `num_rows` rows, which are told apart by order."""
+        if self.token_ids.shape != (num_rows,) or len(self.logprobs) != num_rows:
+            raise ExecutionError(f"{len(self.token_ids)} tokens came back for {num_rows} rows.")
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for msgpack."""

@@ -3,7 +3,8 @@
 What it is: the request path, top to bottom, each stage one line. What it knows
 nothing about: how models compute, how blocks are found, who is calling. Invariants:
 every admitted sequence ends in exactly one terminal event; after the last one ended
-nothing is leased. One thread drives an engine; `post` is the only call for others.
+nothing is leased; an exception fails the request on whose behalf it was raised and no
+other. One thread drives an engine; `post` is the only call for others.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from nanovllm.core.digest import root_digest
 from nanovllm.core.sampling_params import SamplingParams
-from nanovllm.core.timeline import Timeline
 from nanovllm.engine.driver import Driver
+from nanovllm.engine.endings import Endings
 from nanovllm.engine.exec_batch import NO_TOKEN, ExecBatch, ExecResult, samples_next
+from nanovllm.engine.faults import SequenceFault, failure
 from nanovllm.engine.intake import Prompt, check_labels
+from nanovllm.engine.kv_state import TransferReport
 from nanovllm.engine.marks import StepMarks
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.parts import EngineParts, Progress, RequestArgs
 from nanovllm.engine.request_book import RequestBook
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence_factory import SequenceFactory
 from nanovllm.errors import (
     EngineClosedError,
     ExecutionError,
@@ -44,9 +47,11 @@ class LLMEngine:
         self.marks = StepMarks(parts.clock, parts.events)
         self.book = RequestBook(parts.tokenizer)
         self.driver = Driver(self)
-        self._ended: list[Sequence] = []  # ended since the last emit
+        self.endings = Endings(parts.scheduler, self.book)
+        self.health = self.endings.health
+        self._sequences = SequenceFactory(parts)
         self._commands: deque[Callable[[], object]] = deque()
-        self._num_requests = self._num_seqs = 0
+        self._num_requests = 0
         self._is_closed = False
 
     # -- in ----------------------------------------------------------------------------------------
@@ -76,16 +81,16 @@ class LLMEngine:
         params = SamplingParams() if sampling_params is None else sampling_params
         self.events.request(request_id, "entered", 0, 0, 0, ts_ns=arrival_ns)
         try:
-            token_ids, spans = self.intake.tokenize(prompt)
+            token_ids, segments = self.intake.tokenize(prompt)
             self.intake.check(token_ids, params)
-        except NanoVLLMError:
+            labels = {"priority": priority, "namespace": namespace, "cache_salt": cache_salt, "segments": segments}
+            seqs = self._sequences.new(token_ids, params, request_id, arrival_ns, prefill_only=prefill_only, **labels)
+            self._enqueue(request_id, seqs, template_tokens)
+        except Exception as error:
             self.events.request(request_id, "rejected", 0, 0, 0)
-            raise
-        seqs = [self._build(token_ids, params, request_id, index, arrival_ns) for index in range(params.n)]
-        for seq in seqs:
-            seq.priority, seq.namespace, seq.prefill_only, seq.segments = priority, namespace, prefill_only, spans
-            seq.root_digest = root_digest({**self.parts.identity, "namespace": namespace, "salt": cache_salt})
-        self._enqueue(request_id, seqs, template_tokens)
+            if isinstance(error, NanoVLLMError):
+                raise
+            raise failure("intake", error) from error
         return request_id
         # END SOLUTION
 
@@ -95,7 +100,7 @@ class LLMEngine:
         `states` are the resume views of its sequences: one, or all n of them. Raises InvalidRequestError
         where one is malformed, complete, or from an engine with another block size.
         """
-        seqs = [self._restored(state, cache_salt) for state in states]
+        seqs = [self._sequences.restored(state, cache_salt) for state in states]
         request_ids = {seq.request_id for seq in seqs}
         if len(request_ids) != 1:
             raise InvalidRequestError("The sequences to resume belong to several requests.", param="request_id")
@@ -107,7 +112,7 @@ class LLMEngine:
         """End a request now and give its blocks back; False if it is unknown or has ended. Safe to repeat."""
         live = self.book.sequences(request_id)
         for seq in live:
-            self._end(seq, SequenceStatus.ABORTED, "abort")
+            self.endings.end(seq, SequenceStatus.ABORTED, "abort")
         return bool(live)
 
     def promote(self, request_id: str) -> None:
@@ -121,9 +126,14 @@ class LLMEngine:
         """Have `command` called between two steps; may be called from any thread."""
         self._commands.append(command)
 
+    @property
+    def bad_steps_in_a_row(self) -> int:
+        """Steps since the last good one whose whole batch failed, or in which an exception had no owner."""
+        return self.health.bad_steps_in_a_row
+
     def is_finished(self) -> bool:
         """True when no request is live and nothing waits to be handed over."""
-        return self.scheduler.is_finished() and not self._ended and not self._commands
+        return self.scheduler.is_finished() and not self.endings.ended and not self._commands
 
     # -- one step ----------------------------------------------------------------------------------
 
@@ -131,14 +141,14 @@ class LLMEngine:
         """One turn of the engine: every running sequence gets its next token, or its next chunk of prefill."""
         # BEGIN SOLUTION step
         self._apply_commands_and_transfers()
-        batch = self.scheduler.schedule()  # match, admit, bind
+        batch = self._schedule()  # match, admit, bind
         if not batch:
             return self._emit_idle()
         result = self._run(batch)  # forward and sample
         if result is not None:
             token_ids = self._tokens_by_sequence(batch, result)
             self._commit(batch)  # publish full blocks
-            self._ended += self.scheduler.postprocess(batch.seqs, token_ids, finish_check=self.book.finish_check)
+            self._postprocess(batch, token_ids)  # append, detokenise, end
         return self._emit(batch.seqs)
         # END SOLUTION
 
@@ -182,70 +192,107 @@ class LLMEngine:
     # -- the steps of a step -----------------------------------------------------------------------
 
     def _apply_commands_and_transfers(self) -> None:
+        """What came from outside since the last step: each command and each report by itself."""
         if self._is_closed:
             raise EngineClosedError("The engine is closed.", hint="Make a new LLM.")
+        self.health.begin()
         while self._commands:
-            self._commands.popleft()()
-        self.scheduler.apply_transfers(self.scheduler.kv.poll())
+            with self.endings.on_nobodys_behalf("command"):
+                self._commands.popleft()()
+        reports: list[TransferReport] = []
+        with self.endings.on_nobodys_behalf("poll"):
+            reports = self.scheduler.kv.poll()
+        for report in reports:
+            with self.endings.on_behalf_of(report.seq, "load"):
+                self.scheduler.apply_transfers([report])
+
+    def _schedule(self) -> ScheduledBatch:
+        """The next batch. A sequence that made scheduling fail is failed, and the others are scheduled without it."""
+        while True:
+            try:
+                return self.scheduler.schedule()
+            except SequenceFault as fault:
+                self.scheduler.unschedule()
+                self.endings.blame(fault)
+            except Exception as error:  # noqa: BLE001  nobody is to blame: nothing is lost, the next step tries again
+                self.scheduler.unschedule()
+                self.health.note_bad("schedule", error)
+                return ScheduledBatch()
 
     def _run(self, batch: ScheduledBatch) -> ExecResult | None:
         """Execute the batch. Where that fails, its sequences fail, and the engine goes on with the others."""
-        self.marks.launch(batch, self.scheduler)
+        stage = "forward"
         try:
-            result = self.runner.collect(self.runner.launch(ExecBatch.build(batch.seqs)))
+            self.marks.launch(batch, self.scheduler)
+            handle = self.runner.launch(ExecBatch.build(batch.seqs))
+            stage = "sample"
+            result = self.runner.collect(handle)
+            result.check(sum(map(samples_next, batch.seqs)))
+            self.marks.collected(batch)
         except Exception as error:  # noqa: BLE001  whatever it raises fails these requests only
-            failure = ExecutionError(f"The step failed: {type(error).__name__}: {error}.")
-            failure.__cause__ = error
+            failed = self.health.note_bad(stage, error)
             for seq in batch.seqs:
-                self._fail(seq, failure)
+                self.endings.fail(seq, failed)
             return None
         except BaseException:  # an interrupt: nothing of this step counts, the next one computes it again
-            for seq in batch.seqs:
-                seq.num_scheduled_tokens = 0
+            self.scheduler.unschedule()
             raise
-        self.marks.collected(batch)
+        self.health.note_ran()
         return result
 
-    def _tokens_by_sequence(self, batch: ScheduledBatch, result: ExecResult) -> list[int | None]:
+    def _tokens_by_sequence(self, batch: ScheduledBatch, result: ExecResult) -> dict[Sequence, int | None]:
         """One sampled token per sequence, None for those with prompt tokens left; their log-probabilities are kept.
 
-        A sequence for which the model computed no number fails alone: it leaves the batch.
+        A sequence for which the model computed no number fails alone.
         """
         rows = iter(zip(result.token_ids.tolist(), result.logprobs, strict=True))
         tokens: dict[Sequence, int | None] = {}
         for seq in batch.seqs:
             token_id, logprobs = next(rows) if samples_next(seq) else (None, None)
-            if token_id == NO_TOKEN:
-                self._fail(seq, ExecutionError("The model's logits for this request are not finite."))
-                continue
-            if logprobs is not None:
-                self.book.add_logprobs(seq, logprobs)
+            with self.endings.on_behalf_of(seq, "sample"):
+                if token_id == NO_TOKEN:
+                    raise ExecutionError("The model's logits for this request are not finite.")
+                if logprobs is not None:
+                    self.book.add_logprobs(seq, logprobs)
             tokens[seq] = token_id
-        batch.seqs = list(tokens)
-        return list(tokens.values())
+        return tokens
 
     def _commit(self, batch: ScheduledBatch) -> None:
-        for seq in batch.seqs:
-            self.scheduler.kv.commit(seq, seq.num_scheduled_tokens)
+        for seq in self._unfailed(batch):
+            with self.endings.on_behalf_of(seq, "commit"):
+                self.scheduler.kv.commit(seq, seq.num_scheduled_tokens)
+
+    def _postprocess(self, batch: ScheduledBatch, token_ids: dict[Sequence, int | None]) -> None:
+        for seq in self._unfailed(batch):
+            with self.endings.on_behalf_of(seq, "detokenise"):
+                check = self.book.finish_check
+                self.endings.ended += self.scheduler.postprocess([seq], [token_ids[seq]], finish_check=check)
 
     def _emit(self, seqs: list[Sequence]) -> list[StepOutput]:
         """Hand over what is new of the sequences that ran, and of those that ended beside them."""
-        ended, self._ended = self._ended, []
-        outputs = []
-        for seq in [*(s for s in seqs if not s.is_finished), *ended]:
-            self.marks.handed_over(seq)
-            output = self.book.take(seq)
-            if output is not None:
-                outputs.append(output)
+        ended = self.endings.take()
+        handed_over = [self._hand_over(seq) for seq in [*(s for s in seqs if not s.is_finished), *ended]]
+        outputs = [output for output in handed_over if output is not None]
         self.driver.deliver(outputs)
         return outputs
+
+    def _hand_over(self, seq: Sequence) -> StepOutput | None:
+        """What is new of `seq`. Where that cannot be told its request ends, with what was told before."""
+        try:
+            output = self.book.take(seq)
+        except Exception as error:  # noqa: BLE001  whatever it raises fails this request only
+            self.endings.stop(seq, SequenceStatus.FAILED, "error")
+            output = self.book.give_up(seq, failure("emit", error))
+        with self.endings.on_nobodys_behalf("marks"):  # a record that cannot be kept harms no request
+            self.marks.handed_over(seq)
+        return output
 
     def _emit_idle(self) -> list[StepOutput]:
         """Nothing could run: hand over what ended meanwhile; a head that nobody will ever make room for fails."""
         scheduler = self.scheduler
-        if scheduler.waiting and not scheduler.running and not scheduler.loading and scheduler.kv.is_settled():
-            seq = scheduler.waiting[0]
-            self._fail(seq, OutOfMemoryError("Pinned state leaves no room for the request."))
+        is_stuck = scheduler.waiting and not scheduler.running and not scheduler.loading and scheduler.kv.is_settled()
+        if is_stuck and not self.health.is_bad:
+            self.endings.fail(scheduler.waiting[0], OutOfMemoryError("Pinned state leaves no room for the request."))
         return self._emit([])
 
     # -- bookkeeping -------------------------------------------------------------------------------
@@ -261,49 +308,18 @@ class LLMEngine:
             raise InvalidRequestError(f"request_id {request_id!r} is in use.", param="request_id")
         return request_id
 
-    def _build(
-        self, token_ids: list[int], params: SamplingParams, request_id: str, index: int, arrival_ns: int
-    ) -> Sequence:
-        seed = params.seed if params.seed is not None else self.parts.seed + (self._num_seqs << 8)
-        seq = Sequence(
-            token_ids, params, self.scheduler.block_size, request_id, index=index, seed=(seed + index) % 2**64
-        )
-        self._adopt(seq, arrival_ns)
-        return seq
-
-    def _restored(self, state: dict[str, Any], cache_salt: str) -> Sequence:
-        seq = Sequence.__new__(Sequence)
-        seq.__setstate__(state)
-        self.intake.check(self.intake.tokenize(seq.token_ids)[0], seq.sampling_params)
-        if seq.block_size != self.scheduler.block_size:
-            raise InvalidRequestError("The sequence comes from an engine with another block_size.", param="block_size")
-        self._adopt(seq, self.clock.now_ns())
-        if not 0 < seq.num_prompt_tokens <= seq.num_tokens < seq.max_total_tokens:
-            raise InvalidRequestError("The sequence is complete, or its counts disagree.", param="num_prompt_tokens")
-        seq.root_digest = root_digest({**self.parts.identity, "namespace": seq.namespace, "salt": cache_salt})
-        return seq
-
-    def _adopt(self, seq: Sequence, arrival_ns: int) -> None:
-        """Give a sequence what belongs to this engine rather than to the request."""
-        self._num_seqs += 1
-        params = seq.sampling_params
-        limit = self.intake.max_model_len
-        seq.seq_id = self._num_seqs
-        seq.max_total_tokens = min(seq.num_prompt_tokens + (params.max_tokens or limit), limit)
-        seq.eos_token_ids = () if params.ignore_eos else self.parts.eos_token_ids
-        seq.timeline = Timeline(arrival_ns, label=self.parts.label)
-
     def _enqueue(self, request_id: str, seqs: list[Sequence], template_tokens: int | None) -> None:
+        """Into the book and the queue, or, where one of them refuses, into neither."""
         self.book.open(request_id, seqs, template_tokens)
-        for seq in seqs:
-            seq.timeline.queued_ns = self.clock.now_ns()
-            self.scheduler.add(seq)
+        try:
+            for seq in seqs:
+                seq.timeline.queued_ns = self.clock.now_ns()
+                self.scheduler.add(seq)
+        except BaseException:
+            self.book.forget(request_id)
+            for seq in seqs:
+                self.scheduler.end(seq, SequenceStatus.FAILED)
+            raise
 
-    def _fail(self, seq: Sequence, error: NanoVLLMError) -> None:
-        self.book.note_failure(seq, error)
-        self._end(seq, SequenceStatus.FAILED, "error")
-
-    def _end(self, seq: Sequence, status: SequenceStatus, reason: str) -> None:
-        self.scheduler.end(seq, status)
-        seq.finish_reason = reason
-        self._ended.append(seq)
+    def _unfailed(self, batch: ScheduledBatch) -> list[Sequence]:
+        return [seq for seq in batch.seqs if not seq.is_finished]

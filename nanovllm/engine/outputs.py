@@ -87,6 +87,7 @@ class StepOutput:
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     final: RequestOutput | None = None
+    stop_reason: str | int | None = None  # what matched, where finish_reason is stop
 
 
 class SequenceOutput:

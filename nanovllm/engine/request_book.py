@@ -64,15 +64,29 @@ class RequestBook:
         """The request of `seq` will be handed over with this error."""
         self._requests[seq.request_id].error = error
 
+    def forget(self, request_id: str) -> None:
+        """Undo `open`."""
+        for output in self._requests.pop(request_id).outputs:
+            del self._outputs[output.seq]
+
+    def give_up(self, seq: Sequence, error: NanoVLLMError) -> StepOutput:
+        """The last increment of an ended sequence whose text cannot be made any more; what was taken in stays."""
+        self.note_failure(seq, error)
+        completion = self._outputs[seq].completion
+        completion.finish_reason = "error"
+        return StepOutput(seq.request_id, seq.index, [], "", "error", final=self._close(seq))
+
     def take(self, seq: Sequence) -> StepOutput | None:
         """What the caller has not seen of `seq` yet; None where that is nothing."""
+        output = self._outputs[seq]
         if seq.is_finished:
-            self._outputs[seq].finish(seq.finish_reason or "stop")
-        tokens, text, logprobs = self._outputs[seq].take()
+            output.finish(seq.finish_reason or "stop")
+        tokens, text, logprobs = output.take()
         if not tokens and not seq.is_finished:
             return None
         final = self._close(seq) if seq.is_finished else None
-        return StepOutput(seq.request_id, seq.index, tokens, text, seq.finish_reason, logprobs, final)
+        reason, stop_reason = seq.finish_reason, output.completion.stop_reason
+        return StepOutput(seq.request_id, seq.index, tokens, text, reason, logprobs, final, stop_reason)
 
     def _close(self, seq: Sequence) -> RequestOutput | None:
         """The whole request, if `seq` was the last of it to be handed over."""

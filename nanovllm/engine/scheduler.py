@@ -7,7 +7,9 @@ nothing about: torch, text, the clock's kind, where KV lies. Its batch unpacks t
 Invariants: a sequence is in exactly one of waiting, loading, running until it ends;
 a running sequence's blocks cover its known tokens when it is scheduled; the tokens
 of a step stay within the budget; whoever is preempted keeps its tokens and its rank.
-A decode costs one token of the budget; a prefill is cut into chunks to fit it.
+A decode costs one token of the budget; a prefill is cut into chunks to fit it. An
+exception of a verb on one sequence leaves as its `SequenceFault`; whatever was done
+before holds, so scheduling may simply be asked again.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
+from nanovllm.engine.faults import on_behalf_of
 from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
 from nanovllm.engine.policy import SchedulingPolicy
@@ -131,8 +134,9 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Take the blocks from a running sequence; it keeps its tokens and recomputes their KV later."""
         # BEGIN SOLUTION preempt
+        with on_behalf_of(seq, "release"):
+            self.kv.release(seq)
         self.running.remove(seq)
-        self.kv.release(seq)
         seq.move_to(SequenceStatus.WAITING)
         seq.num_scheduled_tokens = 0
         seq.num_preemptions += 1
@@ -145,17 +149,21 @@ class Scheduler:
 
     def end(self, seq: Sequence, status: SequenceStatus) -> None:
         """Bring a sequence to its end, from wherever it is, and give its blocks back."""
-        if seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
-        elif seq.status is SequenceStatus.WAITING_FOR_STATE:
-            del self.loading[seq]
-        elif seq.status is SequenceStatus.RUNNING:
-            self.running.remove(seq)
+        self.loading.pop(seq, None)
+        for queue in (self.waiting, self.running):  # in none of them where a fault caught it on its way
+            if seq in queue:
+                queue.remove(seq)
+        seq.num_scheduled_tokens = 0
+        seq.move_to(status)  # whatever the next line raises, this sequence has ended
         self.kv.release(seq)
-        seq.move_to(status)
         if status is SequenceStatus.FINISHED and not seq.prefill_only:
             self.growth.ended(seq)
         seq.timeline.released_ns = self.clock.now_ns()
+
+    def unschedule(self) -> None:
+        """The step under way will not run: nothing of it counts."""
+        for seq in self.running:
+            seq.num_scheduled_tokens = 0
 
     def promote(self, seq: Sequence) -> None:
         """A prefill-only sequence becomes an ordinary one that will decode."""
@@ -198,12 +206,16 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         """Grow `seq`, preempting who ranks last and is not in the batch; False where that is `seq` itself."""
-        while not self.kv.grow(seq):
+        while not self._grow(seq):
             victim = self.policy.victim([s for s in self.running if s.num_scheduled_tokens == 0])
             self.preempt(victim)
             if victim is seq:
                 return False
         return True
+
+    def _grow(self, seq: Sequence) -> bool:
+        with on_behalf_of(seq, "grow"):
+            return self.kv.grow(seq)
 
     def _schedule_prefills(self, batch: ScheduledBatch) -> None:
         """The next chunk of each prefill under way, then new sequences."""
@@ -232,7 +244,8 @@ class Scheduler:
         for seq in list(self.waiting):
             if limit == 0 or not self._has_budget(seq, batch):
                 break
-            match = self.kv.match(seq)
+            with on_behalf_of(seq, "match"):
+                match = self.kv.match(seq)
             if match.producer is not None:
                 continue
             if not self._make_room_to_enter(seq):
@@ -243,12 +256,17 @@ class Scheduler:
 
     def _make_room_to_enter(self, seq: Sequence) -> bool:
         """Whether `seq` may be admitted; requests that only prefill give their blocks up for it."""
-        while not self.kv.has_room(seq, self._headroom(seq)):
+        while not self._has_room(seq):
             yielding = [s for s in self.running if s.prefill_only and s.num_scheduled_tokens == 0]
             if seq.prefill_only or not yielding:
                 return False
             self.preempt(self.policy.victim(yielding))
         return True
+
+    def _has_room(self, seq: Sequence) -> bool:
+        headroom = self._headroom(seq)
+        with on_behalf_of(seq, "has_room"):
+            return self.kv.has_room(seq, headroom)
 
     def _has_budget(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         held = sum(seq.prefill_only or not other.prefill_only for other in self.running)
@@ -256,8 +274,9 @@ class Scheduler:
         return held < self.policy.max_num_seqs and len(batch) < self.policy.max_num_seqs and free_tokens > 0
 
     def _bind(self, seq: Sequence, batch: ScheduledBatch) -> None:
+        with on_behalf_of(seq, "bind"):
+            generation = self.kv.bind(seq).generation
         self.waiting.remove(seq)
-        generation = self.kv.bind(seq).generation
         if generation is not None:
             self.loading[seq] = (generation, self.clock.now_ns())
             seq.move_to(SequenceStatus.WAITING_FOR_STATE)

@@ -24,11 +24,16 @@ from nanovllm.engine.parts import EngineParts
 from nanovllm.engine.policy import RANKINGS, SchedulingPolicy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.simulated_runner import SimulatedRunner
+from nanovllm.errors import NanoVLLMError
 from nanovllm.models.byte_tokenizer import ByteTokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 COSTS = CostTable(base_ms=1.0, per_new_ms=0.1, per_pair_ms=0.001)
 ROOT = 17
+
+
+class Injected(Exception):
+    """What tests raise where they want something to fail. Any other exception that the engine survives is a defect."""
 
 
 def greedy(max_tokens: int, **more: Any) -> SamplingParams:
@@ -136,7 +141,14 @@ class Bench:
         """One step, with every invariant checked behind it."""
         outputs = self.engine.step()
         check_blocks(self.manager, self.scheduler.live())
+        self._check_failures([self.engine.health.last_failure, *(out.final.error for out in outputs if out.final)])
         return outputs
+
+    def _check_failures(self, failures: list[NanoVLLMError | None]) -> None:
+        for failure in failures:
+            cause = failure and failure.__cause__
+            if cause is not None and not isinstance(cause, Injected):
+                raise cause
 
     def drain(self, limit: int = 2000) -> dict[str, Any]:
         """Step until nothing is live; the finished requests by id."""

@@ -12,7 +12,7 @@ from nanovllm.core.segments import Segment
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import ConfigError, ContextLengthError, EngineClosedError, InvalidRequestError, OutOfMemoryError
-from tests.engine.helpers import Bench, answer, greedy, make_bench
+from tests.engine.helpers import Bench, Injected, answer, greedy, make_bench
 
 VOCAB = 251
 LONG = [(7 * i + i * i) % VOCAB for i in range(64)]
@@ -455,9 +455,9 @@ def test_a_failing_step_fails_its_batch_only() -> None:
     doomed = bench.engine.add_request(LONG[:9], greedy(5))
     spared = bench.engine.add_request(LONG[20:29], greedy(5))
     bench.step()
-    bench.runner.fail_next = RuntimeError("broken kernel")
+    bench.runner.fail_next = Injected("broken kernel")
     finals = bench.drain()
-    assert finals[doomed].finish_reason == "error" and "broken kernel" in str(finals[doomed].error)
+    assert finals[doomed].finish_reason == "error" and "broken kernel" in str(finals[doomed].error.__cause__)
     assert finals[spared].token_ids == answer(LONG[20:29], 5, VOCAB)
 
 

@@ -15,7 +15,7 @@ from nanovllm.engine.outputs import StepOutput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ContextLengthError
 from tests.engine.fakes import FakeStatePlane, Load
-from tests.engine.helpers import answer, greedy, make_bench, stub_digest
+from tests.engine.helpers import Injected, answer, greedy, make_bench, stub_digest
 
 VOCAB, EOS = 16, (3,)
 PREFIXES = ([], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9, 9, 9, 9, 9, 9])
@@ -125,7 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def runner_fails(self) -> None:
-        self.bench.runner.fail_next = RuntimeError("broken")
+        self.bench.runner.fail_next = Injected("broken")
         running = {s.request_id for s in self.bench.scheduler.live()}
         outputs = self.bench.step()
         self.bench.runner.fail_next = None
@@ -199,5 +199,6 @@ def test_the_shadow_runner_notices_what_it_is_for() -> None:
     (seq,) = bench.scheduler.running
     seq.block_table[0], seq.block_table[1] = seq.block_table[1], seq.block_table[0]
     outputs = bench.engine.step()
-    assert outputs[0].finish_reason == "error" and "another prefix" in str(outputs[0].final.error)  # type: ignore[union-attr]
+    assert outputs[0].finish_reason == "error"
+    assert "another prefix" in str(outputs[0].final.error.__cause__)  # type: ignore[union-attr]
     assert bench.terminals(request_id) == ["failed"]

@@ -13,7 +13,7 @@ from nanovllm.core.events import STAGES, EventBus, RequestEvent
 from nanovllm.core.timeline import Timeline
 from nanovllm.models.byte_tokenizer import ByteTokenizer
 from tests.engine.fakes import FakeStatePlane, Load
-from tests.engine.helpers import Bench, greedy, make_bench
+from tests.engine.helpers import Bench, Injected, greedy, make_bench
 
 DELAY = 5_000_000
 PROMPT = list(range(10))
@@ -229,7 +229,7 @@ def test_stages_come_in_a_legal_order(work: list[tuple[int, int, bool]], deeds: 
         elif deed == "preempt" and bench.scheduler.running:
             bench.scheduler.preempt(bench.scheduler.running[index % len(bench.scheduler.running)])
         elif deed == "fail":
-            bench.runner.fail_next = RuntimeError("injected")
+            bench.runner.fail_next = Injected("injected")
         bench.step()
     bench.runner.fail_next = None
     bench.drain()

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -41,10 +42,14 @@ logger = logging.getLogger("nanovllm")
 ORPHAN_S = 5.0  # how long a child whose parent is gone may take to end by itself
 
 
-def serve_engine(config: EngineConfig, inbox: Inbox, send: Send) -> None:
+def serve_engine(
+    config: EngineConfig, inbox: Inbox, send: Send, on_built: Callable[[EngineLoop], None] | None = None
+) -> None:
     """Build the engine, say `Ready`, run its loop to the end. What fails is said as `Died`."""
     try:
         loop = EngineLoop(build_engine(config), inbox, send)
+        if on_built is not None:
+            on_built(loop)
         send(Ready(loop.info(config)))
         loop.run()
     except NanoVLLMError as error:

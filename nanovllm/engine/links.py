@@ -16,12 +16,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.messages import LENGTH_BYTES, FromEngine, Stop, ToEngine, frame, frame_length
+
+if TYPE_CHECKING:  # it brings torch
+    from nanovllm.engine.engine_loop import EngineLoop
 
 logger = logging.getLogger("nanovllm")
 
@@ -61,6 +65,7 @@ class ThreadLink:
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
+        self.engine_loop: EngineLoop | None = None  # for tests, which look into the engine between two steps
 
     async def open(self, config: EngineConfig, on_message: OnMessage, on_end: OnEnd) -> None:
         from nanovllm.engine.engine_process import serve_engine  # torch is imported in the thread that needs it
@@ -72,7 +77,7 @@ class ThreadLink:
 
         def work() -> None:
             try:
-                serve_engine(config, self._inbox, send)
+                serve_engine(config, self._inbox, send, partial(setattr, self, "engine_loop"))
             except RuntimeError as error:  # the event loop closed first: nobody is left to tell
                 logger.debug("The engine's thread ends: %s", error)
             finally:

@@ -1,7 +1,8 @@
-"""`nanovllm chat MODEL`: a conversation, each answer streamed to stdout.
+"""`nanovllm chat MODEL`, or `chat --url URL`: a conversation, each answer streamed to stdout.
 
 What it is: the verb, its commands and the history it keeps. What it knows nothing
-about: how the engine finds the history's KV again (by prefix, without being told).
+about: where answers come from (an engine here, or `remote.py`), and how the history's
+KV is found again (by prefix, without being told).
 Invariants: the history holds only what was said and shown; Ctrl-C ends the answer,
 not the conversation; with piped stdin each line is a message and a failure ends it.
 """
@@ -9,12 +10,14 @@ not the conversation; with piped stdin each line is a message and a failure ends
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from nanovllm.cli.flags import Setup, with_engine_flags, with_sampling_flags
+from nanovllm.cli.remote import ApiKey, ServerModel, Url, open_server
 from nanovllm.cli.run import MODEL_HELP, summary
 from nanovllm.cli.session import interruptible, open_llm
 from nanovllm.cli.terminal import note, write_answer
@@ -32,36 +35,86 @@ HELP = "/reset forgets the conversation, /timeline shows where the last answer's
 @with_engine_flags
 @with_sampling_flags
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = "smollm2",
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Default: smollm2.")] = None,
     *,
     system: Annotated[str | None, typer.Option("--system", help="Instructions put before the conversation.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    server_model: ServerModel = None,
     sampling: SamplingParams,
     setup: Setup,
 ) -> None:
-    """Talk with MODEL; each answer is streamed.
+    """Talk with MODEL, or with a server (--url); each answer is streamed.
 
     In the conversation: /reset, /timeline, /help, /exit; Ctrl-C stops an answer.
     """
-    with open_llm(model, setup) as llm:
+    if url is not None:
+        if model is not None:
+            raise InvalidRequestError(f"{model} would be opened here, not at --url.", hint=f"Write --model {model}.")
+        _converse(open_server(url, api_key, server_model, sampling, setup), system, setup.quiet)
+        return
+    if server_model is not None:
+        raise InvalidRequestError("--model names a server's model.", hint=f"Write nanovllm chat {server_model}.")
+    with open_llm(model or "smollm2", setup) as llm:
         if llm.tokenizer.chat_template is None:
             raise InvalidRequestError(
                 f"{model} has no chat template.", param="model", hint="Use nanovllm run --raw, or a chat model."
             )
-        talk = Conversation(llm, sampling, system)
-        note(HELP, quiet=setup.quiet or not sys.stdin.isatty())
-        for line in _lines():
-            if not talk.take(line):
-                return
+        _converse(LocalAnswers(llm, sampling), system, setup.quiet)
+
+
+def _converse(answers: Answers, system: str | None, quiet: bool) -> None:
+    """Read lines until one ends the conversation."""
+    talk = Conversation(answers, system)
+    note(HELP, quiet=quiet or not sys.stdin.isatty())
+    for line in _lines():
+        if not talk.take(line):
+            return
+
+
+class Answers(Protocol):
+    """Where answers come from."""
+
+    def stream(self, messages: list[dict[str, Any]]) -> Generator[str]:
+        """The answer, piece by piece; closing it early stops the request. Raises NanoVLLMError."""
+
+    def timeline(self) -> str | None:
+        """Where the last answer's time went; None where there is none."""
+
+    def forget(self) -> None:
+        """The conversation begins anew."""
+
+
+class LocalAnswers:
+    """Answers of an engine in this process."""
+
+    def __init__(self, llm: LLM, sampling: SamplingParams) -> None:
+        self._llm, self._sampling = llm, sampling
+        self._last: RequestOutput | None = None
+
+    def stream(self, messages: list[dict[str, Any]]) -> Generator[str]:
+        """Ctrl-C within it takes effect between two steps."""
+        with interruptible(self._llm):
+            for output in self._llm.stream(messages, self._sampling):
+                yield output.text
+                self._last = output.final or self._last
+
+    def timeline(self) -> str | None:
+        """The engine's own terms."""
+        return None if self._last is None else f"{summary(self._last)}\n{render(self._last.timeline)}"
+
+    def forget(self) -> None:
+        """Nothing is kept of the last answer."""
+        self._last = None
 
 
 class Conversation:
     """The messages so far, and what one more line does to them."""
 
-    def __init__(self, llm: LLM, sampling: SamplingParams, system: str | None) -> None:
-        self._llm, self._sampling = llm, sampling
+    def __init__(self, answers: Answers, system: str | None) -> None:
+        self._answers = answers
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, Any]] = list(self._start)
-        self.last: RequestOutput | None = None
 
     def take(self, line: str) -> bool:
         """Act on one line: a command or a message. False when it ends the conversation."""
@@ -69,10 +122,11 @@ class Conversation:
         if command in ("/exit", "/quit"):
             return False
         if command == "/reset":
-            self.messages, self.last = list(self._start), None
+            self.messages = list(self._start)
+            self._answers.forget()
             note("The conversation is forgotten.")
         elif command == "/timeline":
-            note(f"{summary(self.last)}\n{render(self.last.timeline)}" if self.last else "There is no answer yet.")
+            note(self._answers.timeline() or "There is no answer yet.")
         elif command.startswith("/"):
             note(HELP if command == "/help" else f"{command.split()[0]} is no command. {HELP}")
         elif command:
@@ -100,11 +154,10 @@ class Conversation:
 
     def _stream(self, shown: list[str]) -> None:
         """Write the answer as it comes; each piece is in `shown` once it was written."""
-        with interruptible(self._llm):
-            for output in self._llm.stream(self.messages, self._sampling):
-                write_answer(output.text)
-                shown.append(output.text)
-                self.last = output.final or self.last
+        with closing(self._answers.stream(self.messages)) as pieces:
+            for text in pieces:
+                write_answer(text)
+                shown.append(text)
         write_answer("\n")
 
 

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from nanovllm import __version__
+from nanovllm.cli.bench import bench
 from nanovllm.cli.chat import chat
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.flags import flag_of
@@ -53,6 +54,8 @@ CHAT_EXAMPLES = """Examples:
   nanovllm chat smollm2 --system "Answer in one sentence." --temperature 0.2
 
   printf 'Hello\\nAnd in French?\\n' | nanovllm chat smollm2
+
+  nanovllm chat --url http://127.0.0.1:8000
 """
 PULL_EXAMPLES = """Examples:
 
@@ -82,6 +85,7 @@ app.command(epilog=RUN_EXAMPLES)(run)
 app.command(epilog=CHAT_EXAMPLES)(chat)
 app.command(epilog=PULL_EXAMPLES)(pull)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
@@ -45,7 +45,7 @@ def first_model(address: Address) -> str:
     return names[0]
 
 
-def stream_chat(address: Address, body: dict[str, Any], answer: StreamedAnswer) -> Iterator[str]:
+def stream_chat(address: Address, body: dict[str, Any], answer: StreamedAnswer) -> Generator[str]:
     """Ask, fill `answer`, and give its text piece by piece. Raises RemoteError."""
     with _response(address, "POST", "/v1/chat/completions", body, SILENCE_S) as response:
         _check_is_stream(response)

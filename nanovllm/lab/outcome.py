@@ -40,7 +40,7 @@ class Outcome:
     late_ns: int | None = None  # open loop: sent this much after its time
     text_ns: list[int] = field(default_factory=list)
     last_choice_ns: int | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def output_tokens(self) -> int:

@@ -19,13 +19,14 @@ from typing import Any
 from nanovllm.errors import InvalidRequestError
 
 # Short and frequent: one token each, with its space, in the vocabularies in use (a byte tokenizer makes about four).
-WORDS = tuple(
+_TEXT = (
     "the of and to in is it you that he was for on are with as his they be at one have this from or had by hot but "
     "some what there we can out other were all your when up use how said an each she which do their time if will way "
     "about many then them write would like so these her long make thing see him two has look more day could go come "
     "did no most my over know than call first who may down side been now find any new work part take get place made "
-    "live where after back little only round man year came show every good me give our under name".split()
+    "live where after back little only round man year came show every good me give our under name"
 )
+WORDS = tuple(_TEXT.split())
 MAX_FILE_BYTES = 2**28
 
 

@@ -67,4 +67,3 @@ class EventParser:
     def _check_size(count: int) -> None:
         if count > MAX_EVENT_BYTES:
             raise RemoteError(f"The server sent an event of more than {MAX_EVENT_BYTES} bytes.", code="event_too_long")
-

@@ -44,7 +44,7 @@ class StreamedAnswer:
     text_ns: list[int] = field(default_factory=list)  # when each event that carries text came
     last_choice_ns: int | None = None  # when the last event with a choice came: text, or the finish reason
     finish_reason: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     is_done: bool = False  # `data: [DONE]` came
     _parser: EventParser = field(default_factory=EventParser)
 

@@ -1,0 +1,1 @@
+"""Tests of the laboratory, against servers that do what a script says."""

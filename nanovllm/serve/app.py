@@ -1,0 +1,47 @@
+"""The application: which path is answered by whom, behind the gate.
+
+What it is: the table of routes, and how the parts of a server are put together. What it
+knows nothing about: sockets, signals. Invariant: every route of the server is in `ROUTES`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.async_engine import AsyncEngine
+from nanovllm.serve import health
+from nanovllm.serve.admission import Admission
+from nanovllm.serve.config import Limits, ServerConfig
+from nanovllm.serve.context import Services
+from nanovllm.serve.gate import Gate
+from nanovllm.serve.tenants import Tenants
+
+POOL_THREADS = 4  # for tokenizing and for parsing large bodies
+ROUTES = (
+    Route("/health", health.health),
+    Route("/health/ready", health.ready),
+    Route("/ping", health.health),
+    Route("/version", health.version),
+    Route("/metrics", health.metrics),
+)
+
+
+def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Limits) -> Services:
+    """The parts of one server; its engine is not started yet. Raises ConfigError."""
+    tenants = Tenants(config)  # first: bad keys are heard of before anything is made
+    engine = AsyncEngine(engine_config, in_process_of_its_own=config.engine_process)
+    admission = Admission(config, lambda: engine.stats.prefill_tokens_per_s)
+    pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="nanovllm-serve")
+    return Services(engine, config, limits, tenants, admission, pool)
+
+
+def build_app(services: Services) -> Gate:
+    """The ASGI application."""
+    app = Starlette(routes=list(ROUTES))
+    app.router.redirect_slashes = False  # a redirect would be made from the Host header
+    app.state.services = services
+    return Gate(app, services, frozenset(route.path for route in ROUTES if "POST" in (route.methods or ())))

@@ -1,0 +1,186 @@
+"""One server's life: bind, load, serve, drain, end.
+
+What it is: `HttpServer`, which drives uvicorn, and `serve_until_signalled`, which the
+verb runs. What it knows nothing about: requests, how settings are shown. Invariants: the
+port is bound before the model loads, and stays open while the server drains; what runs
+gets its time to end, then an error; signal handlers are installed by
+`serve_until_signalled` alone; a second signal ends the process at once, with its child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
+import uvicorn
+
+from nanovllm.errors import ConfigError
+from nanovllm.serve.app import build_app
+from nanovllm.serve.config import ServerConfig
+from nanovllm.serve.connection import Connection
+from nanovllm.serve.context import Services
+
+BACKLOG = 2048
+ANSWER_S = 5.0  # for last answers to be written, once the engine has ended their requests
+POLL_S = 0.02
+_BUSY_HINT = "Choose another with --port, or --port 0 for a free one."
+SECURITY_HEADERS = [("x-content-type-options", "nosniff"), ("cross-origin-resource-policy", "same-origin")]
+
+
+class HttpServer:
+    """Serves on `listener`. `await run()`; `stop()` from any thread or a signal handler."""
+
+    def __init__(self, services: Services, listener: socket.socket) -> None:
+        self.services, self._listener = services, listener
+        self.url = url_of(listener)
+        self.is_stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = asyncio.Event()
+
+    async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until stopped; returns when all has ended. Raises what loading the model raises."""
+        self._loop = asyncio.get_running_loop()
+        http = _uvicorn(self.services, self._listener)
+        await http.startup(sockets=[self._listener])
+        ticking = asyncio.create_task(http.main_loop())
+        try:
+            if await self._load():
+                on_ready()
+                await self._stopping.wait()
+                await self._drain()
+        finally:
+            http.should_exit = True
+            await ticking
+            await http.shutdown(sockets=[self._listener])
+            await self._end_engine()
+
+    def stop(self) -> None:
+        """Take no more requests, let those that run end, then return from `run`."""
+        self.is_stopped = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+    async def _load(self) -> bool:
+        """Load the model; False where a stop came first."""
+        if self.is_stopped:  # before the loop could be told
+            return False
+        loading = asyncio.create_task(self.services.engine.start())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if loading.done():
+            await loading
+            return True
+        self.services.engine.kill()
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await loading
+        return False
+
+    async def _drain(self) -> None:
+        """The gate refuses from here on; the engine ends what it has, and the answers are written."""
+        self.services.engine.drain()
+        await self.services.engine.drained(self.services.config.shutdown_timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ANSWER_S):
+                while self.services.admission.in_flight:
+                    await asyncio.sleep(POLL_S)
+
+    async def _end_engine(self) -> None:
+        if self.services.engine.state != "loading":
+            await self.services.engine.close()
+        self.services.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def serve_until_signalled(server: HttpServer, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
+    """Run `server` in this, the main, thread until SIGTERM or SIGINT; at the second one, leave at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if server.is_stopped:
+            server.services.engine.kill()
+            os._exit(128 + number)
+        server.stop()
+        on_stop()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(server.run(on_ready))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket. Raises ConfigError where the address is not to be had."""
+    host = config.host.strip("[]")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise _not_bound(config, error) from None
+    return listener
+
+
+def check_exposure(config: ServerConfig, has_keys: bool) -> None:
+    """Refuse to serve an address that others can reach without asking for a key. Raises ConfigError."""
+    if not (config.is_loopback or has_keys or config.insecure):
+        raise ConfigError(
+            f"{config.host} can be reached from other machines, and there is no API key.",
+            param="host",
+            hint="Set one with --api-key or NANOVLLM_API_KEY, or say --insecure.",
+        )
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address as a client writes it; for all addresses, the loopback one."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _not_bound(config: ServerConfig, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"Port {config.port} on {config.host} is taken.", param="port", hint=_BUSY_HINT)
+    if error.errno == errno.EACCES:
+        hint = "Choose one above 1023."
+        return ConfigError(f"Port {config.port} needs more rights than this process has.", param="port", hint=hint)
+    why = error.strerror or str(error)
+    return ConfigError(f"{config.host} cannot be listened on: {why}.", param="host", hint="Use 127.0.0.1.")
+
+
+def _uvicorn(services: Services, listener: socket.socket) -> uvicorn.Server:
+    """uvicorn, set up and told to log nothing that we do not; its own signal handling is in `serve`, not used."""
+    settings = services.config
+    config = uvicorn.Config(
+        build_app(services),
+        http=partial(Connection, settings=settings),  # type: ignore[arg-type]  # a class, but for one argument
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=int(settings.keep_alive_timeout) or 1,
+        timeout_graceful_shutdown=int(ANSWER_S),
+        h11_max_incomplete_event_size=services.limits.header_bytes,
+        server_header=False,
+        headers=SECURITY_HEADERS,
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    return server

@@ -1,4 +1,4 @@
-"""Flags that `run` and `chat` share, made from the settings they set.
+"""Flags that verbs share, made from the settings they set.
 
 What it is: one decorator for engine settings, one for sampling. A verb that takes
 `setup` gets one flag per `EngineConfig` field; a verb that takes `sampling` gets
@@ -58,12 +58,14 @@ class Setup:
 
 def with_engine_flags(verb: Verb) -> Verb:
     """Give `verb` the engine's flags; they reach it as `setup: Setup`."""
-    settings = [_engine_flag(f) for f in fields(EngineConfig) if f.name not in _NOT_FLAGS]
+    settings = [setting_flag(f.name, f, ENGINE_PANEL) for f in fields(EngineConfig) if f.name not in _NOT_FLAGS]
     own = [
-        _flag("config", Path, "TOML file with settings, e.g. block_size = 32.", None, ENGINE_PANEL),
-        _flag("log", Literal["stage", "state", "bench"], "Print the engine's life to stderr, live.", None, "Output"),
-        _flag("events", Path, "Write each request event to this file, one JSON record a line.", None, "Output"),
-        _flag("quiet", bool, "Say nothing on stderr but errors.", False, "Output"),
+        make_flag("config", Path, "TOML file with settings, e.g. block_size = 32.", None, ENGINE_PANEL),
+        make_flag(
+            "log", Literal["stage", "state", "bench"], "Print the engine's life to stderr, live.", None, "Output"
+        ),
+        make_flag("events", Path, "Write each request event to this file, one JSON record a line.", None, "Output"),
+        make_flag("quiet", bool, "Say nothing on stderr but errors.", False, "Output"),
     ]
 
     def collect(values: dict[str, Any]) -> Setup:
@@ -72,21 +74,21 @@ def with_engine_flags(verb: Verb) -> Verb:
         parsed = {name: parse_setting(name, text) for name, text in given.items() if text is not None}
         return Setup(parsed, picked["config"], picked["log"], picked["events"], bool(picked["quiet"]))
 
-    return _with_flags(verb, "setup", [*own, *settings], collect)
+    return with_flags(verb, "setup", [*own, *settings], collect)
 
 
 def with_sampling_flags(verb: Verb) -> Verb:
     """Give `verb` the sampling flags; they reach it as `sampling: SamplingParams`."""
-    flags = [_flag(name, kind, text, default, "Sampling") for name, (kind, default, text) in _SAMPLING.items()]
+    flags = [make_flag(name, kind, text, default, "Sampling") for name, (kind, default, text) in _SAMPLING.items()]
 
     def collect(values: dict[str, Any]) -> SamplingParams:
         given = {flag.name: values.pop(flag.name) for flag in flags}
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
-    return _with_flags(verb, "sampling", flags, collect)
+    return with_flags(verb, "sampling", flags, collect)
 
 
-def _with_flags(
+def with_flags(
     verb: Verb, name: str, flags: list[inspect.Parameter], collect: Callable[[dict[str, Any]], object]
 ) -> Verb:
     """`verb` with its parameter `name` replaced by `flags`, which `collect` takes out and turns into its value."""
@@ -102,7 +104,9 @@ def _with_flags(
     return call
 
 
-def _flag(name: str, kind: Any, text: str, default: Any, panel: str, metavar: str | None = None) -> inspect.Parameter:
+def make_flag(
+    name: str, kind: Any, text: str, default: Any, panel: str, metavar: str | None = None
+) -> inspect.Parameter:
     """A keyword parameter that typer reads as the flag; None is what it is when it was not given."""
     shows_default = default is not None and default is not False
     option = typer.Option(flag_of(name), help=text, rich_help_panel=panel, show_default=shows_default, metavar=metavar)
@@ -112,15 +116,17 @@ def _flag(name: str, kind: Any, text: str, default: Any, panel: str, metavar: st
     )
 
 
-def _engine_flag(field: Field[Any]) -> inspect.Parameter:
-    """Engine flags arrive as text and are read by the parser that reads the environment."""
+def setting_flag(name: str, field: Field[Any], panel: str) -> inspect.Parameter:
+    """The flag of one setting. It arrives as text and is read by the parser that reads the environment."""
     text: str = field.metadata["help"]
     if not text.split()[0].endswith((",", ":")):  # those begin with a value, to be typed as it is written
         text = text[:1].upper() + text[1:]
-    default = "" if field.default is None else f" (default: {field.default})".lower()
-    kind = "size" if field.name == "kv_memory" else str(field.type).split(" | ")[0]
+    default = "" if field.default in (None, ()) else f" (default: {field.default})".lower()
+    kind = "size" if name == "kv_memory" else str(field.type).split(" | ")[0].split("[")[0]
+    if kind == "tuple":
+        return make_flag(name, list[str], text, None, panel, "<text>")
     metavar = "<true|false>" if kind == "bool" else f"<{kind}>"
-    return _flag(field.name, str, text + default, None, ENGINE_PANEL, metavar)
+    return make_flag(name, str, text + default, None, panel, metavar)
 
 
 def flag_of(name: str) -> str:

@@ -21,6 +21,8 @@ from nanovllm.cli.doctor import doctor
 from nanovllm.cli.flags import flag_of
 from nanovllm.cli.pull import pull
 from nanovllm.cli.run import run
+from nanovllm.cli.serve import EXAMPLES as SERVE_EXAMPLES
+from nanovllm.cli.serve import serve
 from nanovllm.cli.terminal import harmless, make_streams_lenient
 from nanovllm.errors import NanoVLLMError
 
@@ -83,6 +85,7 @@ app = typer.Typer(
 )
 app.command(epilog=RUN_EXAMPLES)(run)
 app.command(epilog=CHAT_EXAMPLES)(chat)
+app.command(epilog=SERVE_EXAMPLES)(serve)
 app.command(epilog=PULL_EXAMPLES)(pull)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.add_typer(bench, name="bench")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -21,16 +20,13 @@ from types import FrameType
 
 import uvicorn
 
-from nanovllm.errors import ConfigError
 from nanovllm.serve.app import build_app
-from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.connection import Connection
 from nanovllm.serve.context import Services
+from nanovllm.serve.listener import BACKLOG, url_of
 
-BACKLOG = 2048
 ANSWER_S = 5.0  # for last answers to be written, once the engine has ended their requests
 POLL_S = 0.02
-_BUSY_HINT = "Choose another with --port, or --port 0 for a free one."
 SECURITY_HEADERS = [("x-content-type-options", "nosniff"), ("cross-origin-resource-policy", "same-origin")]
 
 
@@ -117,51 +113,6 @@ def serve_until_signalled(server: HttpServer, on_ready: Callable[[], None], on_s
             signal.signal(number, handler)
 
 
-def bind(config: ServerConfig) -> socket.socket:
-    """The listening socket. Raises ConfigError where the address is not to be had."""
-    host = config.host.strip("[]")
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, proto)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise _not_bound(config, error) from None
-    return listener
-
-
-def check_exposure(config: ServerConfig, has_keys: bool) -> None:
-    """Refuse to serve an address that others can reach without asking for a key. Raises ConfigError."""
-    if not (config.is_loopback or has_keys or config.insecure):
-        raise ConfigError(
-            f"{config.host} can be reached from other machines, and there is no API key.",
-            param="host",
-            hint="Set one with --api-key or NANOVLLM_API_KEY, or say --insecure.",
-        )
-
-
-def url_of(listener: socket.socket) -> str:
-    """The address as a client writes it; for all addresses, the loopback one."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _not_bound(config: ServerConfig, error: OSError) -> ConfigError:
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"Port {config.port} on {config.host} is taken.", param="port", hint=_BUSY_HINT)
-    if error.errno == errno.EACCES:
-        hint = "Choose one above 1023."
-        return ConfigError(f"Port {config.port} needs more rights than this process has.", param="port", hint=hint)
-    why = error.strerror or str(error)
-    return ConfigError(f"{config.host} cannot be listened on: {why}.", param="host", hint="Use 127.0.0.1.")
-
-
 def _uvicorn(services: Services, listener: socket.socket) -> uvicorn.Server:
     """uvicorn, set up and told to log nothing that we do not; its own signal handling is in `serve`, not used."""
     settings = services.config
@@ -171,7 +122,7 @@ def _uvicorn(services: Services, listener: socket.socket) -> uvicorn.Server:
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="error",
+        log_level="critical",
         access_log=False,
         backlog=BACKLOG,
         timeout_keep_alive=int(settings.keep_alive_timeout) or 1,

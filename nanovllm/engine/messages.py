@@ -136,6 +136,7 @@ class Finished(msgspec.Struct, frozen=True):
     request_id: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    longest_completion: int = 0  # of its samples
     cached_tokens: int = 0
     template_tokens: int | None = None
     finish_reasons: list[str] = msgspec.field(default_factory=list)
@@ -195,6 +196,7 @@ def finished_of(final: RequestOutput) -> Finished:
         request_id=final.request_id,
         prompt_tokens=final.prompt_len,
         completion_tokens=sum(len(completion.token_ids) for completion in final.completions),
+        longest_completion=max((len(completion.token_ids) for completion in final.completions), default=0),
         cached_tokens=final.cached_tokens,
         template_tokens=final.template_tokens,
         finish_reasons=[completion.finish_reason or "" for completion in final.completions],

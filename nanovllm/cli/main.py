@@ -16,6 +16,8 @@ import typer
 
 from nanovllm import __version__
 from nanovllm.cli.bench import bench
+from nanovllm.cli.capacity import EXAMPLES as CAPACITY_EXAMPLES
+from nanovllm.cli.capacity import capacity
 from nanovllm.cli.chat import chat
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.flags import flag_of
@@ -88,6 +90,7 @@ app.command(epilog=CHAT_EXAMPLES)(chat)
 app.command(epilog=SERVE_EXAMPLES)(serve)
 app.command(epilog=PULL_EXAMPLES)(pull)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
+app.command(epilog=CAPACITY_EXAMPLES)(capacity)
 app.add_typer(bench, name="bench")
 
 

@@ -57,6 +57,18 @@ SNAPSHOT = {
     "chat": {"--system", "--help"} | OUTPUT | SAMPLING | ENGINE,
     "pull": {"--json", "--quiet", "--help"},
     "doctor": {"--json", "--help"},
+    "capacity": {
+        "--memory",
+        "--with-weights",
+        "--block-size",
+        "--dtype",
+        "--max-model-len",
+        "--prompt",
+        "--output",
+        "--shared-prefix",
+        "--json",
+        "--help",
+    },
 }
 
 

@@ -1,0 +1,63 @@
+"""`nanovllm capacity`: the figures it prints, their labels, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+# tiny:random in float32: 2 x 2 layers x 2 heads x 16 x 4 B = 512 B a token, 8,192 B a block of 16
+TINY = ("capacity", "tiny:random", "--dtype", "float32", "--memory", "1MiB", "--prompt", "100", "--output", "50")
+
+
+def test_figures_by_hand(nanovllm: Run) -> None:
+    """1 MiB is 128 blocks; 100 tokens take 7 blocks, 149 take 10; reserving 2,048 tokens takes all of it."""
+    report = json.loads(nanovllm(*TINY, "--json").stdout)
+    assert (report["kv_bytes_per_token"], report["pool"]["num_blocks"], report["label"]) == (512, 128, "estimated")
+    assert report["concurrency"] == {
+        "token_exact_after_prefill": 20, "token_exact_at_end": 13, "paged_after_prefill": 18, "paged_at_end": 12,
+        "reserve_max": 1, "reserve_max_tokens": 2048,
+    }  # fmt: skip
+    assert report["request"]["at_end"]["bound_bytes"] == 11 * 512
+    assert "sharing" not in report
+
+
+def test_sharing_is_potential_and_says_so(nanovllm: Run) -> None:
+    """5 full blocks of 80 shared tokens: (128 - 5) / (10 - 5)."""
+    report = json.loads(nanovllm(*TINY, "--shared-prefix", "80", "--json").stdout)
+    assert report["sharing"]["potential_concurrency_at_end"] == 24
+    assert "not a realised gain" in report["sharing"]["note"]
+    assert "not a realised gain" in nanovllm(*TINY, "--shared-prefix", "80").stdout
+
+
+def test_the_text_has_formula_bound_and_labels(nanovllm: Run) -> None:
+    lines = nanovllm(*TINY).stdout.splitlines()
+    assert "2 x 2 layers x 2 KV heads x 16 head_dim x 4 B = 512 B" in lines[0]
+    assert "approximation bound 5,632 B = 11 empty slots (estimated)" in next(
+        x for x in lines if x.startswith("at the end")
+    )
+    assert len([line for line in lines if line.split() and line.split()[0] in {"1", "2", "4", "8", "16", "256"}]) == 6
+    assert all("estimated" in line or "measured" in line for line in lines[:5])
+
+
+def test_weights_inside_the_memory_leave_less_for_kv(nanovllm: Run) -> None:
+    outside, inside = (json.loads(nanovllm(*TINY, "--json", *more).stdout) for more in ((), ("--with-weights",)))
+    assert inside["pool"]["memory_bytes"] == 2**20 - outside["weights"]["bytes"] > 0
+    assert inside["weights"]["inside_memory"] and inside["weights"]["fits_here"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--memory", "1KiB"), "memory"),
+        (("--memory", "much"), "memory"),
+        (("--with-weights", "--memory", "100KiB"), "memory"),
+        (("--prompt", "10", "--shared-prefix", "11"), "shared_prefix"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(nanovllm: Run, arguments: tuple[str, ...], word: str) -> None:
+    done = nanovllm("capacity", "tiny:random", "--dtype", "float32", *arguments)
+    assert done.returncode == 2 and word in done.stderr and done.stdout == ""

@@ -1,0 +1,59 @@
+"""Server-sent events: the frames of a streamed answer.
+
+What it is: bytes. What of a frame is the same for a whole answer is rendered once, so a
+chunk costs its text. What it knows nothing about: engines, clients. Invariant: a frame
+is one `data:` line and an empty one; no text within it ends the line.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # a proxy that collects the stream would defeat it
+]
+_encode = msgspec.json.Encoder().encode
+_NULL_LOGPROBS = b',"logprobs":null'
+_UNFINISHED = b',"finish_reason":null'
+
+
+def json_text(text: str) -> bytes:
+    """`text` as a JSON string. Line separators that some readers split at are escaped."""
+    data = _encode(text)
+    if text.isascii():
+        return data
+    return (
+        data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(b"\xc2\x85", b"\\u0085")
+    )
+
+
+def frame(value: object) -> bytes:
+    """Any value as one frame."""
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+class ChunkFrames:
+    """Frames of one answer's chunks: everything around a choice's own fields, rendered once."""
+
+    def __init__(self, answer_id: str, kind: str, created: int, model: str, n: int, *, has_usage: bool) -> None:
+        """`has_usage`: the stream ends with a usage chunk, so every other one says `usage: null`."""
+        head = _encode({"id": answer_id, "object": kind, "created": created, "model": model})
+        self._start = b"data: " + head[:-1]
+        self._heads = [self._start + b',"choices":[{"index":%d,' % index for index in range(n)]
+        self._end = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
+
+    def chunk(
+        self, index: int, payload: bytes, logprobs: object | None = None, finish_reason: str | None = None
+    ) -> bytes:
+        """A chunk with one choice; `payload` is its `"delta":...` or `"text":...`."""
+        shown = _NULL_LOGPROBS if logprobs is None else b',"logprobs":' + _encode(logprobs)
+        reason = _UNFINISHED if finish_reason is None else b',"finish_reason":"%b"' % finish_reason.encode()
+        return self._heads[index] + payload + shown + reason + self._end
+
+    def usage(self, usage: object) -> bytes:
+        """The chunk that carries the usage, and no choice."""
+        return self._start + b',"choices":[],"usage":' + _encode(usage) + b"}\n\n"

@@ -214,6 +214,7 @@ class AsyncEngine:
 
     def _ended(self) -> None:
         """The engine is gone: its thread ended, or its process."""
+        self.stats = EngineStats()  # it holds nothing any more, and its successor counts from 0
         error = UnhealthyError("The engine has ended.", hint="See the log.")
         if self._is_closing or self._settle(error):
             return

@@ -3,7 +3,7 @@
 What it is: the listener that turns `StepReport`s into the plain values of
 `observe/metrics.py`, and the task that measures the event loop. What it knows nothing
 about: names, buckets, HTTP. Invariants: everything here runs on the event loop and costs
-a step microseconds; an engine that is not there holds no requests and no blocks.
+a step microseconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class ServerMetrics:
         rejections: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._engine = engine
-        self._metrics = EngineMetrics(prefix, model_name or engine.config.model, self._read, rejections)
+        self._metrics = EngineMetrics(
+            prefix, model_name or engine.config.model, lambda: _reading(engine.stats), rejections
+        )
         engine.listeners.append(self._hear)
 
     def render(self) -> tuple[bytes, str]:
@@ -49,11 +51,6 @@ class ServerMetrics:
     def loop_lag(self) -> Histogram:
         """For `measure_loop_lag`."""
         return self._metrics.loop_lag
-
-    def _read(self) -> Reading:
-        """The latest statistics. Those of an engine that has ended say nothing about its successor."""
-        is_there = self._engine.state in ("ready", "draining", "unhealthy")
-        return _reading(self._engine.stats if is_there else EngineStats())
 
     def _hear(self, report: StepReport) -> None:
         self._metrics.stepped(_reading(report.stats), sum(len(delta.token_ids) for delta in report.deltas))

@@ -25,6 +25,7 @@ STAGES = (
     "prefill_chunk",
     "prefill_end",
     "first_token",
+    "first_handover",
     "decode_step",
     "output_complete",
     "state_released",
@@ -34,10 +35,24 @@ STAGES = (
     "rejected",
 )
 TERMINAL_STAGES = ("output_complete", "aborted", "failed", "rejected")
+WAIT_REASONS = (
+    "blocks",
+    "headroom",
+    "batch_cap",
+    "token_budget",
+    "new_requests_cap",
+    "policy",
+    "producer",
+    "preempted",
+)
+BLOCK_CALLS = ("can_allocate", "allocate", "deallocate", "hash_blocks")
 
 
 class RequestEvent(NamedTuple):
-    """One request reached a stage. `epoch` counts its preemptions; `batch_size` is the step's, 0 outside one."""
+    """One request reached a stage. `epoch` counts its preemptions; `batch_size` is the step's, 0 outside one.
+
+    `tokens`: what a prefill chunk computed. `sample`: which of the request's n samples this is.
+    """
 
     seq: int
     ts_ns: int
@@ -47,10 +62,16 @@ class RequestEvent(NamedTuple):
     prompt_len: int
     generated_len: int
     batch_size: int
+    tokens: int = 0
+    sample: int = 0
 
 
 class StepEvent(NamedTuple):
-    """One engine step was scheduled: who runs, who waits, how many blocks are free."""
+    """One engine step is launched: who runs, who waits, how many blocks are free, and of those still matchable.
+
+    `scheduled_ns`: when its scheduling call began. `block_ns`: nanoseconds in each of BLOCK_CALLS since the
+    step before, where that is measured.
+    """
 
     seq: int
     ts_ns: int
@@ -61,6 +82,27 @@ class StepEvent(NamedTuple):
     prefill_tokens: int
     decode_tokens: int
     free_blocks: int
+    cached_blocks: int = 0
+    scheduled_ns: int = 0
+    block_ns: tuple[int, ...] | None = None
+
+
+class WaitEvent(NamedTuple):
+    """Why a request does not run: from now until its next event, or until another wait is told.
+
+    Told of the head of the line, for which everybody behind it waits too, of a follower (`producer`) and of
+    a victim (`preempted`); `behind` is whose blocks it waits for or was preempted for. With `blocks` it needs more
+    blocks than are free; with `headroom` they would do, but for what is kept free beside them.
+    """
+
+    seq: int
+    ts_ns: int
+    request_id: str
+    reason: str
+    need_blocks: int
+    headroom: int
+    free_blocks: int
+    behind: str
 
 
 class BlockEvent(NamedTuple):
@@ -76,7 +118,7 @@ class BlockEvent(NamedTuple):
     token_ids: tuple[int, ...] | None
 
 
-Event = RequestEvent | StepEvent | BlockEvent
+Event = RequestEvent | StepEvent | WaitEvent | BlockEvent
 
 
 class EventBus:
@@ -101,11 +143,14 @@ class EventBus:
         generated_len: int,
         batch_size: int = 0,
         ts_ns: int | None = None,
+        tokens: int = 0,
+        sample: int = 0,
     ) -> None:
         """Emit a `RequestEvent`, at `ts_ns` where the moment was taken already."""
         ts_ns = self._clock.now_ns() if ts_ns is None else ts_ns
+        lengths = (prompt_len, generated_len)
         self._append(
-            RequestEvent(self._next_seq, ts_ns, request_id, stage, epoch, prompt_len, generated_len, batch_size)
+            RequestEvent(self._next_seq, ts_ns, request_id, stage, epoch, *lengths, batch_size, tokens, sample)
         )
 
     def step(
@@ -117,21 +162,22 @@ class EventBus:
         prefill_tokens: int,
         decode_tokens: int,
         free_blocks: int,
+        cached_blocks: int = 0,
+        scheduled_ns: int = 0,
+        ts_ns: int | None = None,
+        block_ns: tuple[int, ...] | None = None,
     ) -> None:
-        """Emit a `StepEvent`."""
-        self._append(
-            StepEvent(
-                self._next_seq,
-                self._clock.now_ns(),
-                step,
-                batch_size,
-                running_size,
-                waiting_size,
-                prefill_tokens,
-                decode_tokens,
-                free_blocks,
-            )
-        )
+        """Emit a `StepEvent`, at `ts_ns` where the moment was taken already."""
+        ts_ns = self._clock.now_ns() if ts_ns is None else ts_ns
+        sizes = (batch_size, running_size, waiting_size, prefill_tokens, decode_tokens, free_blocks, cached_blocks)
+        self._append(StepEvent(self._next_seq, ts_ns, step, *sizes, scheduled_ns, block_ns))
+
+    def wait(
+        self, request_id: str, reason: str, need_blocks: int, headroom: int, free_blocks: int, behind: str = ""
+    ) -> None:
+        """Emit a `WaitEvent`."""
+        told = (request_id, reason, need_blocks, headroom, free_blocks, behind)
+        self._append(WaitEvent(self._next_seq, self._clock.now_ns(), *told))
 
     def block(
         self,

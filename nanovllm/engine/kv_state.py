@@ -26,6 +26,7 @@ class Match:
 
     num_hit_tokens: int = 0
     num_potential_tokens: int = 0
+    num_held_blocks: int = 0  # hits that somebody holds: entering costs no free block for them
     producer: Sequence | None = None
 
 
@@ -52,6 +53,11 @@ class KVState(Protocol):
     @property
     def num_free_blocks(self) -> int:
         """Blocks that nobody holds."""
+        ...
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Of the free blocks, those that can still be found."""
         ...
 
     def match(self, seq: Sequence) -> Match:
@@ -99,13 +105,20 @@ class DeviceState:
         """Cached free blocks included."""
         return len(self.block_manager.free_block_ids)
 
+    @property
+    def num_cached_blocks(self) -> int:
+        """Free, and as good as before."""
+        return self.block_manager.free_block_ids.num_cached
+
     def match(self, seq: Sequence) -> Match:
         """Hits on the device, or in observe mode what they would have been."""
         manager = self.block_manager
-        tokens = len(manager.match(seq)) * manager.block_size
+        hits = manager.match(seq)
+        tokens = len(hits) * manager.block_size
         if manager.prefix_mode != "reuse":
             return Match(num_potential_tokens=tokens)
-        return Match(tokens, tokens, self._producer_behind(seq, tokens // manager.block_size))
+        held = sum(block.ref_count > 0 for block in hits)
+        return Match(tokens, tokens, held, self._producer_behind(seq, len(hits)))
 
     def has_room(self, seq: Sequence, headroom: int) -> bool:
         """See `BlockManager.can_allocate`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
 from nanovllm.core.timeline import Run
+from nanovllm.engine.block_log import BlockTimes
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 
@@ -22,6 +23,7 @@ class StepMarks:
     def __init__(self, clock: Clock, events: EventBus) -> None:
         self.clock, self.events = clock, events
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
+        self.block_times: BlockTimes | None = None  # set where the time in block calls is measured
         self._launch_ns = 0
 
     def launch(self, batch: ScheduledBatch, scheduler: Scheduler) -> None:
@@ -39,6 +41,10 @@ class StepMarks:
             batch.num_tokens - decodes,
             decodes,
             scheduler.kv.num_free_blocks,
+            scheduler.kv.num_cached_blocks,
+            batch.scheduled_ns,
+            self._launch_ns,
+            None if self.block_times is None else self.block_times.take(),
         )
         for seq in batch.seqs:
             if seq.timeline.launch_ns is None:
@@ -55,7 +61,8 @@ class StepMarks:
                 seq.timeline.prefill_runs.append(
                     Run(self._launch_ns, now_ns, seq.num_scheduled_tokens, seq.num_preemptions)
                 )
-                self._emit(seq, "prefill_end" if completes else "prefill_chunk", len(batch), now_ns)
+                stage = "prefill_end" if completes else "prefill_chunk"
+                self._emit(seq, stage, len(batch), now_ns, seq.num_scheduled_tokens)
             if completes and not seq.prefill_only:
                 self._emit(seq, "decode_step" if seq.timeline.token_ns else "first_token", len(batch), now_ns)
                 seq.timeline.token_ns.append(now_ns)
@@ -67,10 +74,11 @@ class StepMarks:
             timeline.num_handed_over = len(timeline.token_ns)
             if timeline.first_handover_ns is None:
                 timeline.first_handover_ns = now_ns
+                self._emit(seq, "first_handover", 0, now_ns)
             timeline.last_handover_ns = now_ns
         if seq.is_finished:
             end = "failed" if seq.finish_reason == "error" else ENDS.get(seq.status, "output_complete")
-            self._emit(seq, end, 0)
+            self._emit(seq, end, 0, now_ns)  # the moment of the last hand-over
             self._emit(seq, "state_released", 0)
 
     def _is_first_chunk(self, seq: Sequence) -> bool:
@@ -78,7 +86,7 @@ class StepMarks:
         runs = seq.timeline.prefill_runs
         return not runs or runs[-1].epoch != seq.num_preemptions
 
-    def _emit(self, seq: Sequence, stage: str, batch_size: int, ts_ns: int | None = None) -> None:
+    def _emit(self, seq: Sequence, stage: str, batch_size: int, ts_ns: int | None = None, tokens: int = 0) -> None:
         self.events.request(
             seq.request_id,
             stage,
@@ -87,4 +95,6 @@ class StepMarks:
             seq.num_completion_tokens,
             batch_size,
             ts_ns,
+            tokens,
+            seq.index,
         )

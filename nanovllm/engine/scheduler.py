@@ -26,6 +26,7 @@ from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
 from nanovllm.engine.policy import SchedulingPolicy
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.waits import WaitLog
 
 FinishCheck = Callable[[Sequence, int], str | None]
 
@@ -76,11 +77,12 @@ class Scheduler:
         self.running: list[Sequence] = []  # in rank order
         self.num_preemptions = 0
         self.growth = GrowthForecast(block_size)
+        self.waits = WaitLog(events, kv)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""
         insort(self.waiting, seq, key=self.policy.queue_key)
-        self._emit(seq, "queued")
+        self._emit(seq, "queued", seq.timeline.queued_ns)
 
     def is_finished(self) -> bool:
         """True when nobody waits, loads or runs."""
@@ -131,7 +133,7 @@ class Scheduler:
         return ended
         # END SOLUTION
 
-    def preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence, beneficiary: Sequence | None = None) -> None:
         """Take the blocks from a running sequence; it keeps its tokens and recomputes their KV later."""
         # BEGIN SOLUTION preempt
         with on_behalf_of(seq, "release"):
@@ -145,6 +147,7 @@ class Scheduler:
         seq.timeline.preempted_ns.append(self.clock.now_ns())
         insort(self.waiting, seq, key=self.policy.queue_key)
         self._emit(seq, "preempted")
+        self.waits.preempted(seq, beneficiary)
         # END SOLUTION
 
     def end(self, seq: Sequence, status: SequenceStatus) -> None:
@@ -208,7 +211,7 @@ class Scheduler:
         """Grow `seq`, preempting who ranks last and is not in the batch; False where that is `seq` itself."""
         while not self._grow(seq):
             victim = self.policy.victim([s for s in self.running if s.num_scheduled_tokens == 0])
-            self.preempt(victim)
+            self.preempt(victim, seq)
             if victim is seq:
                 return False
         return True
@@ -223,6 +226,8 @@ class Scheduler:
             self._schedule_chunk(seq, batch)
         if self.policy.prefill_during_decode or not any(not s.is_prefilling for s in self.running):
             self._admit(batch)
+        elif self.waiting:
+            self.waits.stopped(self.waiting[0], "policy")
 
     def _schedule_yielding(self, batch: ScheduledBatch) -> None:
         """Requests that only prefill get what all others left."""
@@ -242,13 +247,17 @@ class Scheduler:
         """
         limit = self.policy.max_new_requests_per_step or len(self.waiting)
         for seq in list(self.waiting):
-            if limit == 0 or not self._has_budget(seq, batch):
+            stop = "new_requests_cap" if limit == 0 else self._over_budget(seq, batch)
+            if stop is not None:
+                self.waits.stopped(seq, stop)
                 break
             with on_behalf_of(seq, "match"):
                 match = self.kv.match(seq)
             if match.producer is not None:
+                self.waits.follows(seq, match.producer)
                 continue
             if not self._make_room_to_enter(seq):
+                self.waits.lacks_room(seq, seq.num_blocks - match.num_held_blocks, self._headroom(seq))
                 break
             self._count_hits(seq, match.num_hit_tokens, match.num_potential_tokens)
             self._bind(seq, batch)
@@ -260,7 +269,7 @@ class Scheduler:
             yielding = [s for s in self.running if s.prefill_only and s.num_scheduled_tokens == 0]
             if seq.prefill_only or not yielding:
                 return False
-            self.preempt(self.policy.victim(yielding))
+            self.preempt(self.policy.victim(yielding), seq)
         return True
 
     def _has_room(self, seq: Sequence) -> bool:
@@ -268,10 +277,12 @@ class Scheduler:
         with on_behalf_of(seq, "has_room"):
             return self.kv.has_room(seq, headroom)
 
-    def _has_budget(self, seq: Sequence, batch: ScheduledBatch) -> bool:
+    def _over_budget(self, seq: Sequence, batch: ScheduledBatch) -> str | None:
+        """Which limit of a step keeps `seq` out; None where it may enter."""
         held = sum(seq.prefill_only or not other.prefill_only for other in self.running)
-        free_tokens = self.policy.max_num_batched_tokens - batch.num_tokens
-        return held < self.policy.max_num_seqs and len(batch) < self.policy.max_num_seqs and free_tokens > 0
+        if held >= self.policy.max_num_seqs or len(batch) >= self.policy.max_num_seqs:
+            return "batch_cap"
+        return None if batch.num_tokens < self.policy.max_num_batched_tokens else "token_budget"
 
     def _bind(self, seq: Sequence, batch: ScheduledBatch) -> None:
         with on_behalf_of(seq, "bind"):
@@ -305,7 +316,6 @@ class Scheduler:
         held = [*self.running, *self.loading]
         return self.watermark_blocks + max(len(held), self.growth.growth_blocks([*held, seq])) if held else 0
 
-    def _emit(self, seq: Sequence, stage: str) -> None:
-        self.events.request(
-            seq.request_id, stage, seq.num_preemptions, seq.num_prompt_tokens, seq.num_completion_tokens
-        )
+    def _emit(self, seq: Sequence, stage: str, ts_ns: int | None = None) -> None:
+        lengths = (seq.num_prompt_tokens, seq.num_completion_tokens)
+        self.events.request(seq.request_id, stage, seq.num_preemptions, *lengths, ts_ns=ts_ns, sample=seq.index)

@@ -54,6 +54,10 @@ class FakeStatePlane:
     def num_free_blocks(self) -> int:
         return self.device.num_free_blocks
 
+    @property
+    def num_cached_blocks(self) -> int:
+        return self.device.num_cached_blocks
+
     def match(self, seq: Sequence) -> Match:
         return self.device.match(seq)
 

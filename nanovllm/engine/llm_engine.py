@@ -21,6 +21,7 @@ from nanovllm.engine.faults import SequenceFault, failure
 from nanovllm.engine.intake import Prompt, check_labels
 from nanovllm.engine.kv_state import TransferReport
 from nanovllm.engine.marks import StepMarks
+from nanovllm.engine.observers import Observers
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.parts import EngineParts, Progress, RequestArgs
 from nanovllm.engine.request_book import RequestBook
@@ -45,6 +46,7 @@ class LLMEngine:
         self.scheduler, self.runner, self.intake = parts.scheduler, parts.runner, parts.intake
         self.clock, self.events = parts.clock, parts.events
         self.marks = StepMarks(parts.clock, parts.events)
+        self.observers = Observers()
         self.book = RequestBook(parts.tokenizer)
         self.driver = Driver(self)
         self.endings = Endings(parts.scheduler, self.book)
@@ -285,6 +287,7 @@ class LLMEngine:
             output = self.book.give_up(seq, failure("emit", error))
         with self.endings.on_nobodys_behalf("marks"):  # a record that cannot be kept harms no request
             self.marks.handed_over(seq)
+        self.observers.handed_over(seq)
         return output
 
     def _emit_idle(self) -> list[StepOutput]:
@@ -320,6 +323,7 @@ class LLMEngine:
             for seq in seqs:
                 self.scheduler.end(seq, SequenceStatus.FAILED)
             raise
+        self.observers.entered(seqs)
 
     def _unfailed(self, batch: ScheduledBatch) -> list[Sequence]:
         return [seq for seq in batch.seqs if not seq.is_finished]

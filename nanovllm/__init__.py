@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.core.grammar import Grammar as Grammar
     from nanovllm.core.sampling_params import SamplingParams as SamplingParams
     from nanovllm.core.segments import Segment as Segment
     from nanovllm.llm import LLM as LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "Segment", "__version__"]
+__all__ = ["Grammar", "LLM", "SamplingParams", "Segment", "__version__"]
 
 _HOMES = {
+    "Grammar": "nanovllm.core.grammar",
     "LLM": "nanovllm.llm",
     "SamplingParams": "nanovllm.core.sampling_params",
     "Segment": "nanovllm.core.segments",

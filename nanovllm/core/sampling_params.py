@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.core.grammar import Grammar
 from nanovllm.errors import InvalidRequestError, shown
 
 MAX_N, MAX_LOGPROBS, MAX_STOP, MAX_STOP_BYTES, MAX_STOP_IDS, MAX_LOGIT_BIAS = 16, 20, 4, 256, 128, 300
@@ -40,12 +41,14 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None  # what the text must look like; a mapping of its fields is taken too
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_counts()
         self._freeze_stops()
         self._freeze_logit_bias()
+        self._freeze_grammar()
 
     @property
     def is_greedy(self) -> bool:
@@ -102,6 +105,19 @@ class SamplingParams:
             _integer("logit_bias", token_id, 0, 2**31)
             _number("logit_bias", bias, -100.0, 100.0)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    def _freeze_grammar(self) -> None:
+        given: Any = self.grammar
+        if isinstance(given, Mapping):  # as `asdict` writes it
+            if not {"kind"} <= given.keys() <= {"kind", "text"}:
+                raise InvalidRequestError("A grammar's fields are kind and text.", param="grammar")
+            object.__setattr__(self, "grammar", Grammar(**given))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidRequestError(f"grammar must be a Grammar, not {shown(self.grammar)}.", param="grammar")
+        if self.grammar is not None and self.min_tokens:
+            raise InvalidRequestError(
+                "min_tokens and a grammar exclude each other: the grammar says when a text may end.", param="min_tokens"
+            )
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:

@@ -10,6 +10,7 @@ Row i computes tokens [context_lens[i] - query_lens[i], context_lens[i]) of its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.engine.grammar import Mask
 from nanovllm.engine.sampling_batch import SamplingBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ExecutionError, InvalidRequestError
@@ -38,8 +40,8 @@ class ExecBatch:
     sampling: SamplingBatch  # M rows
 
     @classmethod
-    def build(cls, seqs: list[Sequence]) -> ExecBatch:
-        """The arrays of the scheduled `seqs`."""
+    def build(cls, seqs: list[Sequence], masks: Mapping[Sequence, Mask] | None = None) -> ExecBatch:
+        """The arrays of the scheduled `seqs`, and which tokens the grammars of some of them allow."""
         starts = np.array([s.num_cached_tokens for s in seqs], np.int64)
         query_lens = np.array([s.num_scheduled_tokens for s in seqs], np.int64)
         tokens = [s.token_ids[s.num_cached_tokens : s.num_cached_tokens + s.num_scheduled_tokens] for s in seqs]
@@ -51,7 +53,7 @@ class ExecBatch:
             context_lens=starts + query_lens,
             block_tables=_padded([s.block_table for s in seqs]),
             samples=samples,
-            sampling=SamplingBatch.build([s for s, wanted in zip(seqs, samples, strict=True) if wanted]),
+            sampling=SamplingBatch.build([s for s, wanted in zip(seqs, samples, strict=True) if wanted], masks),
         )
 
     def to_wire(self) -> dict[str, Any]:

@@ -189,6 +189,7 @@ class LLMEngine:
                 self.abort(request_id)
             self.flush()
             self._is_closed = True
+            self.parts.grammars.close()
             del self.runner, self.parts.runner, self.parts.device_tier
 
     # -- the steps of a step -----------------------------------------------------------------------
@@ -209,10 +210,12 @@ class LLMEngine:
                 self.scheduler.apply_transfers([report])
 
     def _schedule(self) -> ScheduledBatch:
-        """The next batch. A sequence that made scheduling fail is failed, and the others are scheduled without it."""
+        """The next batch, and what its grammars allow. Who makes that fail is failed, and it is made without them."""
         while True:
             try:
-                return self.scheduler.schedule()
+                batch = self.scheduler.schedule()
+                batch.masks = self.book.masks(filter(samples_next, batch.seqs))
+                return batch
             except SequenceFault as fault:
                 self.scheduler.unschedule()
                 self.endings.blame(fault)
@@ -226,7 +229,7 @@ class LLMEngine:
         stage = "forward"
         try:
             self.marks.launch(batch, self.scheduler)
-            handle = self.runner.launch(ExecBatch.build(batch.seqs))
+            handle = self.runner.launch(ExecBatch.build(batch.seqs, batch.masks))
             stage = "sample"
             result = self.runner.collect(handle)
             result.check(sum(map(samples_next, batch.seqs)))
@@ -313,7 +316,9 @@ class LLMEngine:
 
     def _enqueue(self, request_id: str, seqs: list[Sequence], template_tokens: int | None) -> None:
         """Into the book and the queue, or, where one of them refuses, into neither."""
-        self.book.open(request_id, seqs, template_tokens)
+        wanted = [(seq, seq.sampling_params.grammar) for seq in seqs]
+        grammars = {seq: self.parts.grammars.compiled(grammar) for seq, grammar in wanted if grammar is not None}
+        self.book.open(request_id, seqs, template_tokens, grammars)
         try:
             for seq in seqs:
                 seq.timeline.queued_ns = self.clock.now_ns()

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from nanovllm.core.segments import SegmentSpan
 from nanovllm.core.timeline import Timeline
 from nanovllm.engine.detokenizer import Decoder, IncrementalDetokenizer, StopFilter
+from nanovllm.engine.grammar import CompiledGrammar
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import InvalidRequestError, NanoVLLMError
 
 TokenLogprobs = list[tuple[int, float]]
 
@@ -91,18 +92,22 @@ class StepOutput:
 
 
 class SequenceOutput:
-    """The text of one sequence while it grows."""
+    """The text of one sequence while it grows, and its place in its grammar if it has one."""
 
-    def __init__(self, seq: Sequence, tokenizer: Decoder) -> None:
+    def __init__(self, seq: Sequence, tokenizer: Decoder, grammar: CompiledGrammar | None = None) -> None:
         params = seq.sampling_params
         self.seq = seq
         self.completion = Completion(seq.index, timeline=seq.timeline)
         self.completion.logprobs = [] if params.logprobs is not None else None
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = StopFilter(params.stop, include_stop=params.include_stop_str_in_output)
-        self._shown_text, self._shown_tokens = 0, 0
+        self.constraint = grammar.start() if grammar is not None else None
         for token_id in seq.completion_token_ids:  # a resumed sequence: its earlier tokens were shown elsewhere
+            if self.constraint is not None and not self.constraint.allows(token_id):
+                raise InvalidRequestError("The sequence's tokens do not fit its grammar.", param="grammar")
             self._append(token_id)
+        if self.constraint is not None and self.constraint.is_complete:
+            raise InvalidRequestError("The sequence's grammar is complete already.", param="grammar")
         self._shown_text, self._shown_tokens = len(self.completion.text), len(self.completion.token_ids)
 
     def finish_check(self, token_id: int) -> str | None:
@@ -114,6 +119,8 @@ class SequenceOutput:
             return "stop"
         if self._stops.matched is not None:
             self.completion.stop_reason = self._stops.matched
+            return "stop"
+        if self.constraint is not None and self.constraint.is_complete:
             return "stop"
         return "length" if seq.num_tokens >= seq.max_total_tokens else None
 
@@ -136,6 +143,8 @@ class SequenceOutput:
 
     def _append(self, token_id: int) -> None:
         self.completion.token_ids.append(token_id)
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
         text = self._detokenizer.add(token_id)
         if len(self.completion.token_ids) <= self.seq.sampling_params.min_tokens:
             self.completion.text += text  # a stop string ends nothing before min_tokens is reached

@@ -15,6 +15,7 @@ from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.engine.exec_batch import Runner
+from nanovllm.engine.grammar import GrammarCompiler
 from nanovllm.engine.intake import Intake, Prompt
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduler import Scheduler
@@ -55,3 +56,7 @@ class EngineParts:
     seed: int = 0
     device_tier: DeviceTier | None = None
     label: str = "measured"
+    grammars: GrammarCompiler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.grammars = GrammarCompiler(self.tokenizer, self.eos_token_ids, self.intake.vocab_size)

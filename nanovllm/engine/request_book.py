@@ -8,9 +8,12 @@ nothing of it lingers in the engine.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nanovllm.engine.detokenizer import Decoder
+from nanovllm.engine.faults import on_behalf_of
+from nanovllm.engine.grammar import CompiledGrammar, Mask
 from nanovllm.engine.outputs import RequestOutput, SequenceOutput, StepOutput, TokenLogprobs
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import NanoVLLMError
@@ -41,9 +44,15 @@ class RequestBook:
         """Ids of the live requests."""
         return list(self._requests)
 
-    def open(self, request_id: str, seqs: list[Sequence], template_tokens: int | None) -> None:
-        """Take a new request in."""
-        outputs = {seq: SequenceOutput(seq, self._tokenizer) for seq in seqs}
+    def open(
+        self,
+        request_id: str,
+        seqs: list[Sequence],
+        template_tokens: int | None,
+        grammars: Mapping[Sequence, CompiledGrammar],
+    ) -> None:
+        """Take a new request in; `grammars` are those of the sequences that have one."""
+        outputs = {seq: SequenceOutput(seq, self._tokenizer, grammars.get(seq)) for seq in seqs}
         self._requests[request_id] = Request(list(outputs.values()), template_tokens)
         self._outputs |= outputs
 
@@ -51,6 +60,16 @@ class RequestBook:
         """The sequences of a request that have not ended; none if it is unknown."""
         request = self._requests.get(request_id)
         return [out.seq for out in request.outputs if not out.seq.is_finished] if request else []
+
+    def masks(self, seqs: Iterable[Sequence]) -> dict[Sequence, Mask]:
+        """Which tokens may come next, for those of `seqs` that have a grammar. Raises SequenceFault."""
+        masks = {}
+        for seq in seqs:
+            constraint = self._outputs[seq].constraint
+            if constraint is not None:
+                with on_behalf_of(seq, "grammar"):
+                    masks[seq] = constraint.mask()
+        return masks
 
     def add_logprobs(self, seq: Sequence, logprobs: TokenLogprobs) -> None:
         """Keep the log-probabilities of the token that `finish_check` takes in next."""

@@ -1,8 +1,8 @@
 """Sampler: logits [M, vocab] and a SamplingBatch in, M tokens out.
 
 What it is: penalties, filters and the choice. What it knows nothing about:
-sequences, KV, text. Order, as vLLM's: bans (min_tokens) -> logit bias -> penalties
--> temperature -> min-p -> top-k -> top-p -> choice. Reported log-probabilities are
+sequences, KV, text. Order, as vLLM's: grammar -> bans (min_tokens) -> logit bias ->
+penalties -> temperature -> min-p -> top-k -> top-p -> choice. Reported log-probabilities are
 those of the model's own logits, before any of it.
 
 Noise comes from a counter generator: one uniform per (seed, position), mixed by
@@ -58,7 +58,9 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Bans, biases and penalties, row by row where a row has any. Changes `logits` in place."""
+    """Grammars at once, then bans, biases and penalties, row by row where a row has any. Changes `logits` in place."""
+    if batch.mask_rows.size:
+        _forbid(logits, batch)
     for i in range(logits.shape[0]):
         banned = batch.banned[batch.banned_offsets[i] : batch.banned_offsets[i + 1]]
         if banned.size:
@@ -70,6 +72,14 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         if history.size:
             _penalise(logits[i], history, batch, i)
     return logits
+
+
+def _forbid(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """Mask what a row's grammar does not allow; tokens beyond the masks' width are not allowed."""
+    bits = np.unpackbits(batch.masks.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    forbidden = torch.from_numpy(bits == 0).to(logits.device)
+    rows = torch.from_numpy(batch.mask_rows).to(logits.device)
+    logits[rows] = logits[rows].masked_fill_(forbidden, MASK)
 
 
 def _penalise(row: torch.Tensor, history: NDArray[np.int64], batch: SamplingBatch, i: int) -> None:

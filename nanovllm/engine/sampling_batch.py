@@ -8,7 +8,7 @@ Ragged columns are (values, offsets): row i owns values[offsets[i]:offsets[i + 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.engine.grammar import Mask
 from nanovllm.engine.sequence import Sequence
 
 Ints = NDArray[np.int64]
@@ -44,6 +45,8 @@ class SamplingBatch:
     bias_ids: Ints
     bias_values: Floats
     bias_offsets: Ints
+    mask_rows: Ints  # [G]: the rows whose grammar allows some tokens only
+    masks: Mask  # [G, ceil(vocab / 32)]: bit i % 32 of word i // 32 is set where token i is allowed
 
     @property
     def all_greedy(self) -> bool:
@@ -52,12 +55,14 @@ class SamplingBatch:
 
     @property
     def changes_logits(self) -> bool:
-        """True where penalties, biases or bans apply to some row."""
-        return bool(self.history.size or self.banned.size or self.bias_ids.size)
+        """True where a grammar, penalties, biases or bans apply to some row."""
+        return bool(self.history.size or self.banned.size or self.bias_ids.size or self.mask_rows.size)
 
     @classmethod
-    def build(cls, seqs: list[Sequence]) -> SamplingBatch:
-        """The columns of `seqs`, in order."""
+    def build(cls, seqs: list[Sequence], masks: Mapping[Sequence, Mask] | None = None) -> SamplingBatch:
+        """The columns of `seqs`, in order; `masks` of those with a grammar."""
+        masks = masks or {}
+        mask_rows = [row for row, seq in enumerate(seqs) if seq in masks]
         params = [s.sampling_params for s in seqs]
         history, history_offsets = _ragged([s.token_ids if s.sampling_params.has_penalties else () for s in seqs])
         banned, banned_offsets = _ragged([_banned(s) for s in seqs])
@@ -82,6 +87,8 @@ class SamplingBatch:
             bias_ids=bias_ids,
             bias_values=np.array(bias_values, np.float32),
             bias_offsets=bias_offsets,
+            mask_rows=np.array(mask_rows, np.int64),
+            masks=np.stack([masks[seqs[row]] for row in mask_rows]) if mask_rows else np.zeros((0, 0), np.uint32),
         )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
 from nanovllm.engine.faults import on_behalf_of
+from nanovllm.engine.grammar import Mask
 from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
 from nanovllm.engine.policy import SchedulingPolicy
@@ -38,6 +39,7 @@ class ScheduledBatch:
     scheduled_ns: int = 0  # when the scheduling call began
     seqs: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    masks: dict[Sequence, Mask] = field(default_factory=dict)  # which tokens the grammars of `seqs` allow next
 
     @property
     def is_prefill(self) -> bool:

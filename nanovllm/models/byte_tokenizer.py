@@ -36,6 +36,10 @@ class ByteTokenizer(ChatTokenizer):
         kept = (self._piece(token_id) for token_id in ids if not skip_special_tokens or token_id < 256)
         return b"".join(kept).decode(errors="replace")
 
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of each token, for who compiles grammars."""
+        return [self._piece(token_id) for token_id in range(self.vocab_size)]
+
     def id_to_token(self, token_id: int) -> str | None:
         if 0 <= token_id < 256:
             return chr(token_id)

@@ -76,6 +76,10 @@ class Tokenizer(ChatTokenizer):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def vocabulary(self) -> str:
+        """The backend as JSON, for who compiles grammars."""
+        return self._backend.to_str()
+
     def id_to_token(self, token_id: int) -> str | None:
         return self._backend.id_to_token(token_id)
 

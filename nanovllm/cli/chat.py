@@ -55,7 +55,7 @@ def chat(
         return
     if server_model is not None:
         raise InvalidRequestError("--model names a server's model.", hint=f"Write nanovllm chat {server_model}.")
-    with open_llm(model or "smollm2", setup) as llm:
+    with open_llm(model or "smollm2", setup, "chat") as llm:
         if llm.tokenizer.chat_template is None:
             raise InvalidRequestError(
                 f"{model} has no chat template.", param="model", hint="Use nanovllm run --raw, or a chat model."
@@ -153,11 +153,11 @@ class Conversation:
             self.messages.pop()
 
     def _stream(self, shown: list[str]) -> None:
-        """Write the answer as it comes; each piece is in `shown` once it was written."""
+        """Write the answer as it comes. A piece is in `shown` before it is written: what was seen is remembered."""
         with closing(self._answers.stream(self.messages)) as pieces:
             for text in pieces:
-                write_answer(text)
                 shown.append(text)
+                write_answer(text)
         write_answer("\n")
 
 

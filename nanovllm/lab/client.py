@@ -64,6 +64,7 @@ def _response(
     """The response with status 200, its connection open for the time of the block."""
     kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
     connection = kind(address.host, address.port, timeout=CONNECT_S)
+    response = None
     try:
         _connect(connection, address)
         connection.sock.settimeout(timeout_s)
@@ -76,9 +77,11 @@ def _response(
     except TimeoutError:
         raise RemoteError(f"{address.url} did not answer for {timeout_s:g} s.", code="timeout") from None
     except (OSError, HTTPException) as error:
-        what = str(error) or type(error).__name__
+        what = " ".join(str(error).split()) or type(error).__name__
         raise RemoteError(f"The connection to {address.url} broke: {what[:200]}.", code="cut") from error
     finally:
+        if response is not None:
+            response.close()  # it keeps the socket open where the server announced that it will close
         connection.close()
 
 

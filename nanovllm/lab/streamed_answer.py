@@ -85,7 +85,7 @@ def error_of(body: Any, status: int = 502, hint: str | None = None) -> RemoteErr
     error = body.get("error", body) if isinstance(body, dict) else body
     fields = error if isinstance(error, dict) else {"message": error}
     message = fields.get("message") or fields.get("detail")
-    text = message.strip() if isinstance(message, str) and message.strip() else "no reason given"
+    text = (" ".join(message.split()) if isinstance(message, str) else "") or "no reason given"
     code = fields.get("code") or fields.get("type")
     name = str(code)[:60] if code else "server_error"
     return RemoteError(f"The server answered: {text[:500]}", code=name, status=status, hint=hint)

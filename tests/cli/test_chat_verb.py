@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.terminal import read_until
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHAT = ("chat", "tiny:random", "--max-tokens", "4")
 
@@ -61,11 +63,3 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(start: Callable[..., su
     os.write(ours, b"/exit\n")
     assert process.wait(60) == 0
     os.close(ours)
-
-
-def read_until(terminal: int, wanted: bytes, more: int = 0) -> bytes:
-    """What the terminal shows up to `wanted`, or at least `more` bytes."""
-    seen = b""
-    while wanted not in seen or len(seen) < more:
-        seen += os.read(terminal, 4096)
-    return seen

@@ -21,6 +21,8 @@ from nanovllm.cli.capacity import capacity
 from nanovllm.cli.chat import chat
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.flags import flag_of
+from nanovllm.cli.probe import EXAMPLES as PROBE_EXAMPLES
+from nanovllm.cli.probe import probe
 from nanovllm.cli.pull import pull
 from nanovllm.cli.run import run
 from nanovllm.cli.serve import EXAMPLES as SERVE_EXAMPLES
@@ -91,6 +93,7 @@ app.command(epilog=SERVE_EXAMPLES)(serve)
 app.command(epilog=PULL_EXAMPLES)(pull)
 app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=CAPACITY_EXAMPLES)(capacity)
+app.command(epilog=PROBE_EXAMPLES)(probe)
 app.add_typer(bench, name="bench")
 
 

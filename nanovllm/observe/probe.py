@@ -65,8 +65,9 @@ class OverlapFigure:
     def __str__(self) -> str:
         cache = "infinite" if self.capacity_blocks is None else f"LRU {self.capacity_blocks:,} blocks"
         least = "at least " if self.is_lower_bound else ""
+        space = "all namespaces" if self.namespace == ALL else f"namespace {self.namespace or '(default)'}"
         return (
-            f"blocks of {self.block_size}, {cache}, namespace {self.namespace or '(default)'}: {least}"
+            f"blocks of {self.block_size}, {cache}, {space}: {least}"
             f"{self.overlap_tokens:,} of {self.tokens:,} prompt tokens ({self.overlap_share:.1%}) "
             f"[{LABEL}: {STATEMENT}]"
         )

@@ -69,6 +69,7 @@ SNAPSHOT = {
         "--json",
         "--help",
     },
+    "probe": {"--block-size", "--capacity", "--hash-block", "--json", "--help"},
 }
 
 

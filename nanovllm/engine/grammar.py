@@ -97,9 +97,10 @@ class GrammarCompiler:
         with self._lock:
             future = self._kept.get(grammar)
             if future is None:
-                future = self._kept[grammar] = Future()
+                future = Future()
                 future.set_running_or_notify_cancel()
-                self._workers.submit(self._compile_into, future, grammar)
+                self._workers.submit(self._compile_into, future, grammar)  # raises once closed: then nothing is kept
+                self._kept[grammar] = future
             self._kept.move_to_end(grammar)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nanovllm.llm import LLM as LLM
 
 __version__ = "0.1.0"
-__all__ = ["Grammar", "LLM", "SamplingParams", "Segment", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "Segment", "__version__"]
 
 _HOMES = {
     "Grammar": "nanovllm.core.grammar",

@@ -28,7 +28,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from nanovllm.observe.instruments import Histogram, Monotone
-from nanovllm.observe.metric_names import COUNTERS, HISTOGRAMS, READ_FROM_ENGINE, REASONS
+from nanovllm.observe.metric_names import COUNTERS, HISTOGRAMS, READ_FROM_ENGINE, REASONS, REJECTIONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -149,7 +149,8 @@ class EngineMetrics(Collector):
             yield self._gauge("cache_config_info", "The KV cache's settings, as labels.", 1, self._cache)
 
     def _labelled_counters(self) -> Iterator[Metric]:
-        rejected: dict[tuple[str, ...], int] = {(code,): count for code, count in self._rejections().items()}
+        counts = {**dict.fromkeys(REJECTIONS, 0), **self._rejections()}
+        rejected: dict[tuple[str, ...], int] = {(code,): count for code, count in counts.items()}
         outcomes: dict[tuple[str, ...], int] = {(reason,): count for reason, count in self._outcomes.items()}
         answers: dict[tuple[str, ...], int] = {(str(status),): count for status, count in self._answers.items()}
         cached: dict[tuple[str, ...], int] = {("device",): self._totals["prefix_cache_hits"]}

@@ -12,8 +12,10 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from nanovllm.config import EngineConfig
+from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.engine.driver import IDLE_S
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.messages import (
@@ -42,7 +44,16 @@ HEARTBEAT_S = 1.0
 MAX_BAD_STEPS = 3
 RECENT = 0.2  # weight of the newest step in the prefill rate
 
-Inbox = queue.SimpleQueue[ToEngine]
+
+@dataclass(frozen=True)
+class Compiled:
+    """A submitted request's grammar is compiled, or refused: said by a worker thread to the loop."""
+
+    message: Submit
+    error: BaseException | None
+
+
+Inbox = queue.SimpleQueue[ToEngine | Compiled]
 Send = Callable[[FromEngine], None]
 
 
@@ -84,30 +95,45 @@ class EngineLoop:
         except queue.Empty:
             return True
 
-    def _take(self, message: Submit | Abort) -> None:
+    def _take(self, message: Submit | Abort | Compiled) -> None:
         if isinstance(message, Abort):
             self._abort(message.request_id)
             return
+        submit = message.message if isinstance(message, Compiled) else message
         try:
-            self._submit(message)
+            if isinstance(message, Compiled):
+                self._go_on(message)
+            else:
+                self._submit(message)
         except NanoVLLMError as error:
-            self._refuse(message.request_id, error)
+            self._refuse(submit.request_id, error)
         except Exception as error:  # whatever it is, it is this request's
             logger.exception("A request could not enter the engine.")
-            self._refuse(message.request_id, ExecutionError(f"The request failed: {type(error).__name__}."))
+            self._refuse(submit.request_id, ExecutionError(f"The request failed: {type(error).__name__}."))
 
     def _submit(self, message: Submit) -> None:
         """Enter the engine; a request with a grammar enters when that is compiled, and stalls nobody meanwhile."""
         if self._is_unhealthy:
             raise UnhealthyError("The engine failed several times in a row.", hint="Restart the server.")
-        self._enter(message)
+        params = params_from_wire(message.params)
+        if params.grammar is None:
+            self._enter(message, params)
+            return
+        self._compiling[message.request_id] = message
+        compiling = self.engine.parts.grammars.prepare(params.grammar)
+        compiling.add_done_callback(lambda done: self._inbox.put(Compiled(message, done.exception())))
 
-    def _enter(self, message: Submit) -> None:
-        if message.params.get("grammar") and self._compiling.pop(message.request_id, None) is None:
-            return  # aborted while its grammar was compiled
+    def _go_on(self, compiled: Compiled) -> None:
+        if self._compiling.pop(compiled.message.request_id, None) is None:
+            return  # aborted meanwhile
+        if compiled.error is not None:
+            raise compiled.error
+        self._enter(compiled.message, params_from_wire(compiled.message.params))
+
+    def _enter(self, message: Submit, params: SamplingParams) -> None:
         self.engine.add_request(
             message.token_ids,
-            params_from_wire(message.params),
+            params,
             request_id=message.request_id,
             namespace=message.namespace,
             cache_salt=message.cache_salt,

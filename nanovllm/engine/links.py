@@ -25,7 +25,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.messages import LENGTH_BYTES, FromEngine, Stop, ToEngine, frame, frame_length
 
 if TYPE_CHECKING:  # it brings torch
-    from nanovllm.engine.engine_loop import EngineLoop
+    from nanovllm.engine.engine_loop import EngineLoop, Inbox
 
 logger = logging.getLogger("nanovllm")
 
@@ -62,7 +62,7 @@ class ThreadLink:
     can_restart = False
 
     def __init__(self) -> None:
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         self._ended = asyncio.Event()
         self._thread: threading.Thread | None = None
         self.engine_loop: EngineLoop | None = None  # for tests, which look into the engine between two steps

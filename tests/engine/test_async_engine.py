@@ -13,6 +13,7 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.config import EngineConfig
+from nanovllm.core.grammar import Grammar
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.engine.engine_loop import EngineLoop
@@ -176,6 +177,26 @@ def test_what_lives_after_the_drain_fails(with_engine: Callable[..., None]) -> N
         assert not await engine.drained(0.1)
         with pytest.raises(DrainingError):
             await tokens_of(stream)
+        await at_rest(engine)
+
+    with_engine(body)
+
+
+def test_grammars_are_compiled_beside_the_engine(with_engine: Callable[..., None]) -> None:
+    """A sound one shapes the text, a broken one is this request's error, an early close is harmless."""
+
+    async def text_of(stream: RequestStream) -> str:
+        return "".join([delta.text async for deltas in stream for delta in deltas])
+
+    async def body(engine: AsyncEngine) -> None:
+        shaped = SamplingParams(max_tokens=40, seed=1, grammar=Grammar.choice(["left", "right"]))
+        broken = SamplingParams(max_tokens=40, grammar=Grammar.regex("(unclosed"))
+        streams = [engine.submit([5, 6], params) for params in (shaped, broken, GREEDY)]
+        engine.submit([7], SamplingParams(grammar=Grammar.regex("a+"))).close()
+        assert await text_of(streams[0]) in ("left", "right")
+        with pytest.raises(InvalidRequestError, match="grammar"):
+            await text_of(streams[1])
+        await text_of(streams[2])
         await at_rest(engine)
 
     with_engine(body)

@@ -27,6 +27,7 @@ KERNELS = ("auto", "reference", "cpu", "cuda")
 PREFIX_MODES = ("off", "observe", "reuse")
 SCHEDULE_MODES = ("mixed", "separate")
 POLICIES = ("fcfs", "priority", "sjf")
+LOGGED_CALLS = ("can_allocate", "allocate", "deallocate")
 LIMITS = {"event_capacity": 2**24, "num_blocks": 2**22, "num_threads": os.cpu_count() or 1}
 SERVER_TABLE = "server"  # the table of a settings file that nanovllm.serve.config reads
 ALIASES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
@@ -67,6 +68,8 @@ class EngineConfig:
     tensor_parallel_size: int = _setting(1, "only 1 is implemented")
     check_invariants: bool = _setting(False, "verify the engine's books after every step; slow, for debugging")
     event_capacity: int = _setting(65536, "events kept on the bus before the oldest are dropped")
+    log_blocks: str | None = _setting(None, "block calls to log: can_allocate, allocate, deallocate, between commas")
+    time_blocks: bool = _setting(False, "measure the time in block calls per step, for recordings")
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "event_capacity"):
@@ -90,11 +93,18 @@ class EngineConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed must be an integer in [0, 2**64), not {shown(self.seed)}.", param="seed")
         self.kv_memory_bytes  # noqa: B018  (parses, so that a bad size is refused here)
+        for name in self.logged_block_calls:
+            _check_choice("log_blocks", name, LOGGED_CALLS)
 
     @property
     def kv_memory_bytes(self) -> int | None:
         """The KV budget in bytes, or None where it is to be sized from free memory."""
         return None if self.kv_memory is None else parse_bytes(self.kv_memory, "kv_memory")
+
+    @property
+    def logged_block_calls(self) -> list[str]:
+        """The block calls that `log_blocks` names."""
+        return [part.strip() for part in (self.log_blocks or "").split(",") if part.strip()]
 
     @classmethod
     def from_kwargs(cls, model: str | os.PathLike[str], **kwargs: Any) -> EngineConfig:

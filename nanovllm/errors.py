@@ -7,6 +7,7 @@ each instance may name the parameter at fault and says how to mend it.
 
     NanoVLLMError                     500 internal_error
     ├── InvalidRequestError           400 invalid_request        a request's field is off
+    │   ├── RecordingError            400 recording_invalid      a recorded run cannot be read; names the line
     │   ├── ContextLengthError        400 context_length_exceeded  it can never fit
     │   └── UnsupportedParameterError 400 unsupported_parameter  a field this package, or this model, does not know
     ├── ConfigError                   400 invalid_config         an engine setting is off
@@ -45,6 +46,12 @@ class InvalidRequestError(NanoVLLMError, ValueError):
     """A request's field has a value that cannot be honoured."""
 
     status, code = 400, "invalid_request"
+
+
+class RecordingError(InvalidRequestError):
+    """A recorded run cannot be read: there is no such file, or a line of it is not a record."""
+
+    code = "recording_invalid"
 
 
 class ContextLengthError(InvalidRequestError):

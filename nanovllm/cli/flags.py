@@ -49,6 +49,7 @@ class Setup:
     config_file: Path | None = None
     log: str | None = None
     events: Path | None = None
+    events_blocks: bool = False
     quiet: bool = False
 
     def engine_config(self, model: str) -> EngineConfig:
@@ -64,7 +65,8 @@ def with_engine_flags(verb: Verb) -> Verb:
         make_flag(
             "log", Literal["stage", "state", "bench"], "Print the engine's life to stderr, live.", None, "Output"
         ),
-        make_flag("events", Path, "Write each request event to this file, one JSON record a line.", None, "Output"),
+        make_flag("events", Path, "Record the run in this file, for nanovllm trace.", None, "Output"),
+        make_flag("events_blocks", bool, "Record block events too: which digests came and went.", False, "Output"),
         make_flag("quiet", bool, "Say nothing on stderr but errors.", False, "Output"),
     ]
 
@@ -72,7 +74,7 @@ def with_engine_flags(verb: Verb) -> Verb:
         picked = {flag.name: values.pop(flag.name) for flag in own}
         given = {flag.name: values.pop(flag.name) for flag in settings}
         parsed = {name: parse_setting(name, text) for name, text in given.items() if text is not None}
-        return Setup(parsed, picked["config"], picked["log"], picked["events"], bool(picked["quiet"]))
+        return Setup(parsed, config_file=picked.pop("config"), **picked)
 
     return with_flags(verb, "setup", [*own, *settings], collect)
 

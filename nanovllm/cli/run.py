@@ -51,7 +51,7 @@ def run(
     text = _read_prompt(prompt)
     if not text:
         raise InvalidRequestError("The prompt is empty.", param="prompt", hint="Give at least one character.")
-    with open_llm(model, setup) as llm:
+    with open_llm(model, setup, "run") as llm:
         is_chat = not raw and llm.tokenizer.chat_template is not None
         final = answer(llm, conversation(text, system) if is_chat else text, sampling, shown=not as_json)
     if as_json:

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.cli.flags import Setup
+from nanovllm.cli.flags import Setup, flag_of
 from nanovllm.cli.terminal import note, show_log, write_answer
 from nanovllm.config import EngineConfig
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.errors import ModelFileError, UnsupportedModelError
-from nanovllm.observe.lifecycle import JsonlWriter, LifecycleLog
+from nanovllm.observe.lifecycle import LifecycleLog
+from nanovllm.observe.recording_writer import JsonlWriter
 
 if TYPE_CHECKING:  # the engine brings torch, which --help must not wait for
     from nanovllm.engine.outputs import RequestOutput
@@ -27,13 +28,13 @@ if TYPE_CHECKING:  # the engine brings torch, which --help must not wait for
 
 
 @contextmanager
-def open_llm(model: str, setup: Setup) -> Iterator[LLM]:
-    """The model, ready to answer, with the logs that were asked for. Raises NanoVLLMError."""
+def open_llm(model: str, setup: Setup, verb: str) -> Iterator[LLM]:
+    """The model, ready to answer for `verb`, with the logs that were asked for. Raises NanoVLLMError."""
     config = setup.engine_config(model)  # before torch is imported: bad settings answer at once
     show_log(setup.quiet)
     if sys.stderr.isatty():
         note(f"Loading {config.model} ...", quiet=setup.quiet)
-    with _load(config, progress=not setup.quiet) as llm, _watched(llm, setup):
+    with _load(config, progress=not setup.quiet) as llm, _watched(llm, setup, verb):
         yield llm
 
 
@@ -48,10 +49,10 @@ def _load(config: EngineConfig, progress: bool) -> LLM:
 
 
 @contextmanager
-def _watched(llm: LLM, setup: Setup) -> Iterator[None]:
+def _watched(llm: LLM, setup: Setup, verb: str) -> Iterator[None]:
     """Event logs, pumped after each step and once more at the end."""
     log = LifecycleLog(llm.engine.events, setup.log, sys.stderr) if setup.log else None
-    writer = JsonlWriter(llm.engine.events, setup.events) if setup.events else None
+    writer = _recorder(llm, setup, verb) if setup.events else None
     readers = [reader for reader in (log, writer) if reader is not None]
     llm.after_step += [reader.pump for reader in readers]
     try:
@@ -63,6 +64,20 @@ def _watched(llm: LLM, setup: Setup) -> Iterator[None]:
             writer.close()
             lost = writer.dropped + writer.omitted
             note(f"{lost} events are missing from {setup.events}.", quiet=not lost)
+
+
+def _recorder(llm: LLM, setup: Setup, verb: str) -> JsonlWriter:
+    from nanovllm.engine.run_header import run_header
+
+    assert setup.events is not None
+    header = run_header(llm.engine, llm.config, _command(verb, llm.config.model, setup))
+    return JsonlWriter(llm.engine.events, setup.events, header, blocks=setup.events_blocks)
+
+
+def _command(verb: str, model: str, setup: Setup) -> str:
+    """The verb and the settings that were given: what was run, without what was asked."""
+    settings = [f"{flag_of(name)} {value}" for name, value in setup.settings.items()]
+    return " ".join(["nanovllm", verb, model, *settings])
 
 
 @contextmanager

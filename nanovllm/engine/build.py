@@ -15,6 +15,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.core.clock import MonotonicClock
 from nanovllm.core.events import EventBus
+from nanovllm.engine.block_log import BlockTimes, log_calls
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.device_tier import DeviceTier, PoolSize, size_pool
 from nanovllm.engine.intake import Intake
@@ -68,6 +69,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
         device_tier=runner.tier,
     )
     engine = LLMEngine(parts)
+    log_calls(blocks, config.logged_block_calls)
+    if config.time_blocks:
+        engine.marks.block_times = BlockTimes(blocks, clock)
     if config.check_invariants:
         engine.driver.after_step.append(lambda: check_blocks(blocks, scheduler.live()))
     return engine

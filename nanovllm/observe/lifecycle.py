@@ -1,10 +1,9 @@
 """Lifecycle logs: the event stream as the lines a person or a program reads.
 
-What it is: readers of the event bus. `LifecycleLog` prints one of three line formats
-live; `JsonlWriter` keeps the request events as records. What it knows nothing about:
-the engine, tensors, who asked for the log. Invariants: a line or record holds no
-prompt text; a reader that was too slow says how much it lost; a file stays within
-its bound and always ends with a whole record.
+What it is: a reader of the event bus. `LifecycleLog` prints one of three line formats
+live; records for programs are `recording_writer.py`'s. What it knows nothing about: the
+engine, tensors, who asked for the log. Invariants: a line holds no prompt text; a reader
+that was too slow says how much it lost.
 
     stage   request_id prompt_len stage
     state   batch_size running_size
@@ -16,17 +15,13 @@ Timestamps are seconds of the engine's clock, to the microsecond.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 from urllib.parse import quote
 
-from nanovllm.core.events import SCHEMA, Event, EventBus, EventReader, RequestEvent, StepEvent
+from nanovllm.core.events import Event, EventBus, RequestEvent, StepEvent
 from nanovllm.errors import ConfigError
 
 FORMATS = ("stage", "state", "bench")
-DEFAULT_MAX_BYTES = 256 * 2**20
 
 
 def stage_line(event: Event) -> str | None:
@@ -79,71 +74,6 @@ class LifecycleLog:
         if lines:
             self._out.write("\n".join(lines) + "\n")
             self._out.flush()
-
-
-class JsonlWriter:
-    """Writes each request event as one JSON record, flushed at every `pump`, up to `max_bytes`.
-
-    `dropped` counts events the bus had forgotten, `omitted` records beyond the bound.
-    """
-
-    def __init__(self, bus: EventBus, path: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
-        """Replaces the file. Raises ConfigError where it cannot be written."""
-        self._reader: EventReader = bus.reader()
-        self._left_bytes, self.omitted = max_bytes, 0
-        try:
-            self._file = path.open("w", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise ConfigError(f"The event log {path} cannot be written: {error.strerror}.", param="events") from error
-
-    @property
-    def dropped(self) -> int:
-        """Events that were lost before they could be read."""
-        return self._reader.dropped
-
-    def pump(self) -> None:
-        """Write what is new and flush it."""
-        for event in self._reader.poll():
-            if isinstance(event, RequestEvent):
-                self._write(json.dumps(record(event), separators=(",", ":")) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Write what is left and close the file. Safe to repeat."""
-        if not self._file.closed:
-            self.pump()
-            self._file.close()
-
-    def __enter__(self) -> JsonlWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _write(self, line: str) -> None:
-        if len(line) > self._left_bytes:  # json.dumps escapes: one character is one byte
-            self._left_bytes = 0  # nor a shorter one later: what is kept has no holes
-            self.omitted += 1
-            return
-        self._file.write(line)
-        self._left_bytes -= len(line)
-
-
-def record(event: RequestEvent) -> dict[str, int | str]:
-    """One request event as the JSONL record, with its schema's number."""
-    return {
-        "schema": SCHEMA,
-        "seq": event.seq,
-        "ts_ns": event.ts_ns,
-        "request_id": event.request_id,
-        "stage": event.stage,
-        "epoch": event.epoch,
-        "prompt_len": event.prompt_len,
-        "generated_len": event.generated_len,
-        "batch_size": event.batch_size,
-    }
 
 
 def _seconds(ts_ns: int) -> str:

@@ -14,7 +14,7 @@ from nanovllm.cli.flags import _NOT_FLAGS, flag_of
 from nanovllm.config import EngineConfig
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-OUTPUT = {"--log", "--events", "--quiet"}
+OUTPUT = {"--log", "--events", "--events-blocks", "--quiet"}
 SAMPLING = {
     "--frequency-penalty",
     "--ignore-eos",
@@ -39,6 +39,7 @@ ENGINE = {
     "--gpu-memory-utilization",
     "--kernels",
     "--kv-memory",
+    "--log-blocks",
     "--max-model-len",
     "--max-new-requests-per-step",
     "--max-num-batched-tokens",
@@ -50,6 +51,7 @@ ENGINE = {
     "--prefill-during-decode",
     "--prefix-mode",
     "--schedule-mode",
+    "--time-blocks",
     "--watermark",
 }
 SNAPSHOT = {

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm.observe.recording import read_recording
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ("run", "tiny:random")
 WITHOUT_END = ("--ignore-eos", "--max-tokens", "1900")
@@ -102,10 +104,34 @@ def test_events_are_records(nanovllm: Run, tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     assert nanovllm(*TINY, "hello", "--max-tokens", "2", "--events", str(file)).returncode == 0
     records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [records[0]["record"], records[-1]["record"]] == ["header", "end"]
+    events = [record for record in records if "record" not in record]
     keys = ["schema", "seq", "ts_ns", "request_id", "stage", "epoch", "prompt_len", "generated_len", "batch_size"]
-    assert all(list(record) == keys for record in records)
-    assert [records[0]["stage"], records[-1]["stage"]] == ["entered", "state_released"]
+    assert all(list(event) == keys + ["tokens"] * (event["stage"] == "prefill_end") for event in events)
+    assert [events[0]["stage"], events[-1]["stage"]] == ["entered", "state_released"]
     assert "hello" not in file.read_text()
+
+
+def test_a_recording_says_what_ran_and_is_read_back(nanovllm: Run, tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    settings = ("--block-size", "2", "--num-blocks", "64", "--time-blocks", "true", "--events-blocks")
+    assert nanovllm(*TINY, "hello", "--max-tokens", "3", "--events", str(file), *settings).returncode == 0
+    recording = read_recording(file)
+    header = recording.header
+    assert (header.model, header.label, header.prior_state) == ("tiny:random", "measured", "cold")
+    assert (header.block_size, header.num_blocks, header.block_bytes) == (2, 64, 512)
+    assert header.command.startswith("nanovllm run tiny:random") and "--num-blocks 64" in header.command
+    assert recording.end is not None and recording.end.processor_ns > 0 and not recording.remarks
+    assert len(recording.steps) == 3 and all(step.block_ns and len(step.block_ns) == 4 for step in recording.steps)
+    assert {event.action for event in recording.blocks} == {"stored"} and "hello" not in file.read_text()
+
+
+def test_block_calls_are_logged_one_by_one(nanovllm: Run) -> None:
+    done = nanovllm(*TINY, "hello", "--max-tokens", "2", "--log-blocks", "allocate")
+    lines = [line for line in done.stderr.splitlines() if "blocks=" in line]
+    assert len(lines) == 1 and lines[0].startswith("allocate req-1 blocks=")
+    done = nanovllm(*TINY, "hello", "--log-blocks", "allocate,match")
+    assert done.returncode == 2 and "log_blocks must be one of can_allocate, allocate, deallocate" in done.stderr
 
 
 def test_ctrl_c_aborts_and_gives_blocks_back(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
@@ -115,8 +141,8 @@ def test_ctrl_c_aborts_and_gives_blocks_back(start: Callable[..., subprocess.Pop
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in stderr
-    stages = [json.loads(line)["stage"] for line in file.read_text().splitlines()]
-    assert stages[-2:] == ["aborted", "state_released"]
+    recording = read_recording(file)
+    assert [event.stage for event in recording.requests[-2:]] == ["aborted", "state_released"] and recording.end
 
 
 def test_a_closed_pipe_is_no_drama(start: Callable[..., subprocess.Popen[bytes]]) -> None:

@@ -1,17 +1,15 @@
-"""Log lines and records: their exact form, what they leave out, and what they say when they lose something."""
+"""Log lines: their exact form, what they leave out, and what they say when they lose something."""
 
 from __future__ import annotations
 
 import io
-import json
-from pathlib import Path
 
 import pytest
 
 from nanovllm.core.clock import VirtualClock
 from nanovllm.core.events import EventBus
 from nanovllm.errors import ConfigError
-from nanovllm.observe.lifecycle import JsonlWriter, LifecycleLog
+from nanovllm.observe.lifecycle import LifecycleLog
 
 
 @pytest.fixture
@@ -63,40 +61,3 @@ def test_a_slow_log_says_what_it_lost(bus: EventBus) -> None:
         bus.request("r", "queued", 0, 1, 0)
     log.pump()
     assert out.getvalue().splitlines()[0] == "# 3 events lost" and out.getvalue().count("queued") == 8
-
-
-def test_records_are_whole_and_flushed(bus: EventBus, tmp_path: Path) -> None:
-    file = tmp_path / "events.jsonl"
-    with JsonlWriter(bus, file) as writer:
-        one_of_each(bus, "a\nb")
-        writer.pump()
-        (line,) = file.read_text().splitlines()  # before it is closed
-        one_of_each(bus)
-    assert len(file.read_text().splitlines()) == 2
-    assert list(json.loads(line).items()) == [
-        ("schema", 1),
-        ("seq", 0),
-        ("ts_ns", 1_234_567_899),
-        ("request_id", "a\nb"),
-        ("stage", "decode_step"),
-        ("epoch", 1),
-        ("prompt_len", 40),
-        ("generated_len", 7),
-        ("batch_size", 3),
-    ]
-
-
-def test_a_record_file_stays_within_its_bound(bus: EventBus, tmp_path: Path) -> None:
-    file = tmp_path / "events.jsonl"
-    with JsonlWriter(bus, file, max_bytes=300) as writer:
-        for request_id in ("first", "second", "x" * 200, "y"):
-            bus.request(request_id, "queued", 0, 1, 0)
-        writer.pump()
-    kept = [json.loads(line)["request_id"] for line in file.read_text().splitlines()]
-    assert kept == ["first", "second"] and file.stat().st_size <= 300
-    assert (writer.omitted, writer.dropped) == (2, 0)
-
-
-def test_a_file_that_cannot_be_written(bus: EventBus, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
-        JsonlWriter(bus, tmp_path / "nowhere" / "events.jsonl")

@@ -74,7 +74,9 @@ def _refusal(message: str, kind: type[msgspec.Struct]) -> InvalidRequestError:
     param = field or None
     if re.fullmatch(r"messages\[\d+\]\.content\[\d+\]\.type", field):
         return InvalidRequestError(
-            f"{problem}: content parts are text.", param=param, hint='Send {"type": "text", ...}.'
+            f"{param}: {problem[:1].lower()}{problem[1:]}; content parts are text.",
+            param=param,
+            hint='Send {"type": "text", ...}.',
         )
     return InvalidRequestError(f"{field or 'The body'}: {problem[:1].lower()}{problem[1:]}.", param=param)
 

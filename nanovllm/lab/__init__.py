@@ -1,1 +1,1 @@
-"""The laboratory: what looks at a server from outside. It speaks HTTP and imports no engine."""
+"""The laboratory: workloads, and what is measured with them, from outside over HTTP or offline beside an engine."""

@@ -51,6 +51,11 @@ class KVState(Protocol):
     """What the scheduler and the engine ask of state."""
 
     @property
+    def num_blocks(self) -> int:
+        """All blocks of the device."""
+        ...
+
+    @property
     def num_free_blocks(self) -> int:
         """Blocks that nobody holds."""
         ...
@@ -99,6 +104,11 @@ class DeviceState:
     def __init__(self, block_manager: BlockManager) -> None:
         self.block_manager = block_manager
         self._producers: dict[Digest, Sequence] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Free and used."""
+        return self.block_manager.num_blocks
 
     @property
     def num_free_blocks(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.sequence import Sequence
+from nanovllm.observe.statistics import StateCount
 
 Rank = tuple[int, ...]
 
@@ -41,7 +42,11 @@ RANKINGS: dict[str, Callable[[Sequence], Rank]] = {
 
 @dataclass(frozen=True)
 class SchedulingPolicy:
-    """A ranking and the knobs: batch cap, new requests per step, prefill insertion during decode."""
+    """A ranking and the knobs: batch cap, new requests per step, prefill insertion during decode.
+
+    `may_admit` reads the state counter and may keep the head of the line out; it is not asked where nobody
+    runs, so it cannot stop the engine.
+    """
 
     rank: Callable[[Sequence], Rank] = first_come
     max_num_seqs: int = 64
@@ -50,6 +55,7 @@ class SchedulingPolicy:
     prefill_during_decode: bool = True
     max_prefill_chunk: int | None = None
     mode: str = "mixed"
+    may_admit: Callable[[Sequence, StateCount], bool] | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> SchedulingPolicy:

@@ -27,7 +27,9 @@ from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
 from nanovllm.engine.policy import SchedulingPolicy
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.state_count import count_state
 from nanovllm.engine.waits import WaitLog
+from nanovllm.observe.statistics import StateCount
 
 FinishCheck = Callable[[Sequence, int], str | None]
 
@@ -94,6 +96,10 @@ class Scheduler:
         """Every sequence that has not ended."""
         return [*self.running, *self.loading, *self.waiting]
 
+    def count_state(self) -> StateCount:
+        """The state counter, for policies, metrics and observers."""
+        return count_state(self.kv, [*self.running, *self.loading], self.block_size, num_waiting=len(self.waiting))
+
     # -- one step ----------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledBatch:
@@ -148,7 +154,7 @@ class Scheduler:
         self.growth.preempted(seq)
         seq.timeline.preempted_ns.append(self.clock.now_ns())
         insort(self.waiting, seq, key=self.policy.queue_key)
-        self._emit(seq, "preempted")
+        self._emit(seq, "preempted", seq.timeline.preempted_ns[-1])
         self.waits.preempted(seq, beneficiary)
         # END SOLUTION
 
@@ -284,6 +290,9 @@ class Scheduler:
         held = sum(seq.prefill_only or not other.prefill_only for other in self.running)
         if held >= self.policy.max_num_seqs or len(batch) >= self.policy.max_num_seqs:
             return "batch_cap"
+        may_admit = self.policy.may_admit
+        if may_admit is not None and self.running and not may_admit(seq, self.count_state()):
+            return "policy"
         return None if batch.num_tokens < self.policy.max_num_batched_tokens else "token_budget"
 
     def _bind(self, seq: Sequence, batch: ScheduledBatch) -> None:

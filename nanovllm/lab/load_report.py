@@ -24,6 +24,8 @@ from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.lab.outcome import Outcome
+from nanovllm.observe.statistics import distribution
+from nanovllm.observe.statistics import meets as meets_objectives
 
 OBJECTIVES = ("ttft", "tpot", "e2e")
 LATE_MS, BUSY_SHARE = 10.0, 0.8  # beyond either, the client is what was measured
@@ -96,21 +98,6 @@ def latencies(completed: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     }
 
 
-def distribution(values_ns: Sequence[float]) -> dict[str, Any]:
-    """Count, mean, P50, P90, P99 and maximum; None where there is no value."""
-    ordered = sorted(values_ns)
-    if not ordered:
-        return {"count": 0, "mean": None, "p50": None, "p90": None, "p99": None, "max": None}
-    ranks = {f"p{percent}": percentile(ordered, percent) for percent in (50, 90, 99)}
-    found = {"mean": math.fsum(ordered) / len(ordered), **ranks, "max": ordered[-1]}
-    return {"count": len(ordered), **{name: round(value / 1e6, 3) for name, value in found.items()}}
-
-
-def percentile(ordered: Sequence[float], percent: int) -> float:
-    """The smallest value that at least `percent` of a hundred values do not exceed (nearest rank)."""
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
-
-
 def parse_slo(given: Sequence[str]) -> dict[str, float]:
     """`["ttft:500", "tpot:50"]` as a mapping, in milliseconds. Raises InvalidRequestError."""
     found: dict[str, float] = {}
@@ -140,8 +127,7 @@ def meets(outcome: Outcome, slo_ms: Mapping[str, float]) -> bool:
     found = {"ttft": outcome.ttft_ns, "tpot": outcome.tpot_ns, "e2e": outcome.e2e_ns}
     if outcome.text_ns and outcome.output_tokens < 2:
         found["tpot"] = 0.0
-    values = [(found[name], limit_ms) for name, limit_ms in slo_ms.items()]
-    return all(value is not None and value <= limit_ms * 1e6 for value, limit_ms in values)
+    return meets_objectives(found, slo_ms)
 
 
 def client(outcomes: Sequence[Outcome], wall_ns: int, cpu_ns: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from nanovllm.core.timeline import Timeline
+from nanovllm.observe.statistics import percentile
 
 BAR_WIDTH = 30
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -31,8 +32,7 @@ class DecodeStats:
         """None without gaps. P99 is the nearest rank: a gap that really occurred."""
         if not gaps_ns:
             return None
-        rank = -(-99 * len(gaps_ns) // 100)  # ceil
-        return cls(len(gaps_ns), sum(gaps_ns), median(gaps_ns), sorted(gaps_ns)[rank - 1])
+        return cls(len(gaps_ns), sum(gaps_ns), median(gaps_ns), int(percentile(sorted(gaps_ns), 99)))
 
     @property
     def tokens_per_s(self) -> float:

@@ -51,6 +51,10 @@ class FakeStatePlane:
         self._generations = count(1)
 
     @property
+    def num_blocks(self) -> int:
+        return self.device.num_blocks
+
+    @property
     def num_free_blocks(self) -> int:
         return self.device.num_free_blocks
 

@@ -53,7 +53,8 @@ class TaggedParser:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
-        self._held = ""  # outside a call: white space and what may become its opening
+        self._space: list[str] = []  # outside a call: white space that may come before one
+        self._held = ""  # and after it what may become an opening
         self._inside: list[str] | None = None  # within a call: its text so far
         self._tail = ""  # the end of that text, in which the closing may have begun
         self._is_after_call = False
@@ -68,28 +69,32 @@ class TaggedParser:
         if self._inside is not None:  # never closed
             body, self._inside = "".join(self._inside), None
             return [self._read(body) or OPENING + body]
-        held, self._held = self._held, ""
-        if self._is_after_call:
-            held = held.lstrip()
+        held = self._take_space() + self._held
+        self._held = ""
         return [held] if held else []
 
     def _outside(self, text: str, pieces: list[Piece]) -> str:
         """Take in text up to an opening; what follows it is returned."""
         text, self._held = self._held + text, ""
-        if self._is_after_call:
-            text = text.lstrip()
+        text = text.lstrip() if self._is_after_call else text
         at = text.find(OPENING)
-        if at >= 0:
-            before = text[:at].rstrip()
-            self._inside, self._tail = [], ""
-            rest = text[at + len(OPENING) :]
-        else:
-            before = text[: len(text) - _overlap(text, OPENING)].rstrip()
-            self._held, rest = text[len(before) :], ""
-        if before:
-            pieces.append(before)
+        end = at if at >= 0 else len(text) - _overlap(text, OPENING)
+        said = text[:end].rstrip()
+        if said:
+            pieces.append(self._take_space() + said)
             self._is_after_call = False
-        return rest
+        self._space.append(text[len(said) : end])
+        if at < 0:
+            self._held = text[end:]
+            return ""
+        self._inside, self._tail = [], ""
+        self._space.clear()
+        return text[at + len(OPENING) :]
+
+    def _take_space(self) -> str:
+        """The white space that turned out to be text."""
+        space, self._space = "".join(self._space), []
+        return space
 
     def _within(self, inside: list[str], text: str, pieces: list[Piece]) -> str:
         """Take in text up to a closing; what follows it is returned."""
@@ -123,26 +128,25 @@ class JsonParser:
         self._names, self._is_list = names, is_list
         self._openings = (MISTRAL_TAG, "[") if is_list else (PYTHON_TAG, "{")
         self._held: list[str] = []
-        self._start = ""  # until it is known what the text is
+        self._start = ""  # the first letters; by them it is known what the text is
         self._is_call: bool | None = None
 
     def feed(self, text: str) -> list[Piece]:
+        self._held.append(text)
         if self._is_call is None:
-            self._start += text
-            self._is_call = self._begins_call(self._start.lstrip()[: len(PYTHON_TAG)])
-            if self._is_call is None:
-                return []
-            text, self._start = self._start, ""
-        if self._is_call:
-            self._held.append(text)
-            return []
-        return [text] if text else []
+            self._start = (self._start + text if self._start else text.lstrip())[: len(PYTHON_TAG)]
+            self._is_call = self._begins_call(self._start)
+        return self._take() if self._is_call is False else []
 
     def finish(self) -> list[Piece]:
-        text, self._held = self._start + "".join(self._held), []
-        self._start = ""
+        text = "".join(self._held)
         calls = self._read(text) if self._is_call else []
-        return [*calls] if calls else [text] if text else []
+        self._held = [] if calls else self._held
+        return [*calls] if calls else self._take()
+
+    def _take(self) -> list[Piece]:
+        text, self._held = "".join(self._held), []
+        return [text] if text else []
 
     def _begins_call(self, start: str) -> bool | None:
         """Whether the text is a call; None while that cannot be told."""
@@ -180,7 +184,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _call(value: Any, names: Collection[str]) -> Call | None:
     """A decoded value as a call, if it is one."""
-    if not isinstance(value, dict) or value.get("name") not in names or not isinstance(value.get("name"), str):
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
@@ -188,7 +193,7 @@ def _call(value: Any, names: Collection[str]) -> Call | None:
     if not isinstance(arguments, dict):
         return None
     try:
-        return Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError):  # 1e400 was read as infinity
         return None
 

@@ -76,7 +76,7 @@ class EngineLoop:
         while self._take_messages():
             outputs = self._turn()
             self._report(outputs)
-            if self.engine.is_waiting_for_state() and not outputs:
+            if not outputs and (self.engine.is_waiting_for_state() or self._only_transfers()):
                 time.sleep(IDLE_S)
         self.engine.close()
 
@@ -84,7 +84,7 @@ class EngineLoop:
 
     def _take_messages(self) -> bool:
         """Act on every message there is; where there is nothing to do, wait for one. False: the end."""
-        is_idle = self.engine.is_finished() and not self._refused
+        is_idle = self.engine.is_finished() and self.engine.scheduler.kv.is_settled() and not self._refused
         try:
             message = self._inbox.get(timeout=HEARTBEAT_S) if is_idle else self._inbox.get_nowait()
             while True:
@@ -156,7 +156,7 @@ class EngineLoop:
 
     def _turn(self) -> list[StepOutput]:
         """One step if there is work. What even the engine did not catch counts as a bad step."""
-        if self.engine.is_finished():
+        if self.engine.is_finished() and not self._only_transfers():
             return []
         before, start_s = self.engine.marks.num_prefill_tokens, time.perf_counter()
         try:
@@ -170,6 +170,10 @@ class EngineLoop:
         if max(self._bad_turns, self.engine.bad_steps_in_a_row) >= MAX_BAD_STEPS and not self._is_unhealthy:
             outputs = [*outputs, *self._give_up()]
         return outputs
+
+    def _only_transfers(self) -> bool:
+        """No request lives, and bytes are still on their way for those that did: their leases end when they arrive."""
+        return self.engine.is_finished() and not self.engine.scheduler.kv.is_settled()
 
     def _give_up(self) -> list[StepOutput]:
         """Too many bad steps: everything that lives fails, and nothing new enters."""

@@ -18,6 +18,8 @@ from nanovllm.serve.tools import CLOSING, OPENING, ToolStyle, ToolUse
 MAX_CALLS = 8
 # One way of writing JSON: a small model that may choose its white space may choose to write nothing else.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Where one of these says what an object may hold, nothing is added to it.
+OPENING_KEYS = frozenset({"$ref", "allOf", "anyOf", "oneOf", "patternProperties"})
 NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 _TEXTS = {
     "hermes": r"/(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/",
@@ -67,7 +69,13 @@ def _key(style: ToolStyle) -> str:
 
 
 def _arguments(function: FunctionTool) -> Schema:
-    return NO_ARGUMENTS if function.parameters is None else {**function.parameters, "type": "object"}
+    """The schema of a function's arguments. One that only lists properties means: these, and no others."""
+    if function.parameters is None:
+        return NO_ARGUMENTS
+    schema = {**function.parameters, "type": "object"}
+    if schema.keys() & OPENING_KEYS:
+        return schema
+    return {"additionalProperties": False, **schema}
 
 
 def _json(schema: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def answer_with(
         request_id="id", arrival_ns=0, tenant=SimpleNamespace(namespace=""), started=None, revise=lambda tokens, n: None
     )
     order = Order([Prompt([1])] * len(streams), SamplingParams())
-    answer = Answer(SimpleNamespace(engine=engine, config=config), ticket, order, Text(), is_stream)
+    answer = Answer(SimpleNamespace(engine=engine, config=config, traces=None), ticket, order, Text(), is_stream)
     try:
         asyncio.run(asyncio.wait_for(answer({}, client.receive, client.send), 10))
     except NanoVLLMError as error:

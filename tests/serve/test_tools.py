@@ -284,6 +284,21 @@ def test_references_find_their_root() -> None:
     assert not accepts(grammar, written("hermes", ("f", '{"a": "y"}')))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "is_open"),
+    [
+        ({"properties": {"a": {"enum": [1]}}}, False),
+        ({"properties": {"a": {"enum": [1]}}, "additionalProperties": True}, True),
+        ({"anyOf": [{"properties": {"a": {"enum": [1]}}}]}, True),
+    ],
+)
+def test_arguments_are_the_listed_ones(parameters: dict, is_open: bool) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    grammar = tool_grammar(use_of(tools=[tool], tool_choice="required"), None)
+    assert accepts(grammar, written("hermes", ("f", '{"a": 1}')))
+    assert accepts(grammar, written("hermes", ("f", '{"a": 1, "b": 2}'))) == is_open
+
+
 # -- writing ---------------------------------------------------------------------------------------------
 
 TRIP = [

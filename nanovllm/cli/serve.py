@@ -151,9 +151,14 @@ def _run(server: HttpServer, *, quiet: bool) -> None:
     from nanovllm.serve.run import serve_until_signalled
 
     model = server.services.engine.config.model
-    note(f"{server.url} is open; loading {model} ...", quiet=quiet)
+    opening = f"{server.url} is open; loading {model} ..."
     try:
-        serve_until_signalled(server, lambda: _announce(server), lambda: _say_draining(server, quiet))
+        serve_until_signalled(
+            server,
+            on_open=lambda: note(opening, quiet=quiet),
+            on_ready=lambda: _announce(server),
+            on_stop=lambda: _say_draining(server, quiet),
+        )
     except (ModelFileError, UnsupportedModelError) as error:  # loaders see bytes, not what the user typed
         error.param = error.param or f"model {model}"
         raise

@@ -15,10 +15,17 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.serve import health
 from nanovllm.serve.admission import Admission
+from nanovllm.serve.chat import chat
+from nanovllm.serve.completions import completions
 from nanovllm.serve.config import Limits, ServerConfig
 from nanovllm.serve.context import Services
 from nanovllm.serve.gate import Gate
+from nanovllm.serve.metrics import ServerMetrics
+from nanovllm.serve.models_page import model, models
+from nanovllm.serve.openapi import openapi
 from nanovllm.serve.tenants import Tenants
+from nanovllm.serve.tokenize import detokenize, tokenize
+from nanovllm.serve.tracing import open_traces
 
 POOL_THREADS = 4  # for tokenizing and for parsing large bodies
 ROUTES = (
@@ -27,6 +34,13 @@ ROUTES = (
     Route("/ping", health.health),
     Route("/version", health.version),
     Route("/metrics", health.metrics),
+    Route("/v1/models", models),
+    Route("/v1/models/{name:path}", model),
+    Route("/v1/chat/completions", chat, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/openapi.json", openapi),
 )
 
 
@@ -36,7 +50,13 @@ def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Li
     engine = AsyncEngine(engine_config, in_process_of_its_own=config.engine_process)
     admission = Admission(config, lambda: engine.stats.prefill_tokens_per_s)
     pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="nanovllm-serve")
-    return Services(engine, config, limits, tenants, admission, pool)
+    metrics = ServerMetrics(
+        engine,
+        prefix=config.metrics_prefix,
+        model_name=next(iter(config.served_model_name), None),
+        rejections=lambda: admission.rejected,
+    )
+    return Services(engine, config, limits, tenants, admission, pool, metrics, open_traces(config))
 
 
 def build_app(services: Services) -> Gate:

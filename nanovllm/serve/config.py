@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nanovllm.config import env_name, parse_bytes, parse_text, read_toml, unknown_key
+from nanovllm.config import SERVER_TABLE, env_name, parse_bytes, parse_text, read_toml, unknown_key
 from nanovllm.core.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP, MAX_STOP_BYTES, MAX_STOP_IDS
 from nanovllm.errors import ConfigError, shown
 
@@ -74,6 +75,9 @@ class ServerConfig:
     insecure: bool = _setting(False, "serve a public address without any key")
     allowed_host: tuple[str, ...] = _setting((), "Host header accepted beside localhost; may be repeated")
     served_model_name: tuple[str, ...] = _setting((), "name clients call the model by; may be repeated")
+    generation_config: str = _setting("auto", "auto takes sampling defaults from the model's own file; none does not")
+    metrics_prefix: str = _setting("nanovllm", "what metric names begin with")
+    otlp_endpoint: str | None = _setting(None, "OpenTelemetry collector that gets traces, e.g. http://127.0.0.1:4318")
     engine_process: bool = _setting(False, "run the engine in a process of its own")
     access_log: bool = _setting(False, "one log line per request, without its text")
     max_connections: int = _setting(2048, "connections open at once", 1)
@@ -95,6 +99,13 @@ class ServerConfig:
         _check(self, "")
         if not self.host or any(letter.isspace() for letter in self.host):
             raise ConfigError(f"host must be an address, not {shown(self.host)}.", param="host")
+        if self.generation_config not in ("auto", "none"):
+            raise ConfigError(
+                f"generation_config must be auto or none, not {shown(self.generation_config)}.",
+                param="generation_config",
+            )
+        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]{0,31}", self.metrics_prefix):
+            raise ConfigError("metrics_prefix must be a word of letters, digits and _.", param="metrics_prefix")
 
     @property
     def is_loopback(self) -> bool:
@@ -112,11 +123,9 @@ def load(
 
     In flags and sources the fields of Limits have `limit_` before their names.
     """
-    table = dict(read_toml(file).get("server", {}))
-    limits = table.pop("limits", {})
-    for name, value in (("[server]", table), ("[server.limits]", limits)):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name} in {file} must be a table.", param="config")
+    table = _table(read_toml(file), SERVER_TABLE, file)
+    limits = _table(table, "limits", file)
+    table = {key: value for key, value in table.items() if key != "limits"}
     sources: dict[str, str] = {}
     own_limits = _merged(Limits, LIMIT_PREFIX, limits, flags, env, sources)
     return _merged(ServerConfig, "", table, flags, env, sources), own_limits, sources
@@ -131,6 +140,13 @@ def parse_setting(name: str, text: str) -> Any:
     """The value of one setting given as text, as an environment variable or a flag gives it."""
     found = dict(setting_fields())[name]
     return parse_bytes(text, name) if name.endswith("_bytes") else parse_text(str(found.type), name, text)
+
+
+def _table(within: Mapping[str, Any], name: str, file: Path | None) -> dict[str, Any]:
+    found = within.get(name, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name} in {file} must be a table.", param="config")
+    return found
 
 
 def _merged(
@@ -153,7 +169,12 @@ def _merged(
             merged[name], sources[prefix + name] = _from_env(prefix + name, text), "environment"
         if prefix + name in flags:
             merged[name], sources[prefix + name] = flags[prefix + name], "flag"
-    return cls(**merged)
+    try:
+        return cls(**merged)
+    except ConfigError as error:
+        if sources.get(error.param or "") != "environment":
+            raise
+        raise ConfigError(f"{env_name(error.param or '')}: {error.message}", param=error.param) from None
 
 
 def _from_env(name: str, text: str) -> Any:
@@ -179,7 +200,9 @@ def _check(config: ServerConfig | Limits, prefix: str) -> None:
         _check_kind(prefix + f.name, kind, value)
         if kind.startswith(("int", "float")) and not f.metadata["least"] <= value <= f.metadata["most"]:
             least, most = f.metadata["least"], f.metadata["most"]
-            raise ConfigError(f"{prefix + f.name} must be from {least} to {most}, not {shown(value)}.", param=f.name)
+            raise ConfigError(
+                f"{prefix + f.name} must be from {least} to {most}, not {shown(value)}.", param=prefix + f.name
+            )
 
 
 def _check_kind(name: str, kind: str, value: object) -> None:

@@ -35,13 +35,14 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, settings: ServerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings
+        self._application, self.app = self.app, self._serve
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait(self._settings.header_timeout)
         if len(self.connections) > self._settings.max_connections:
-            self.app = _refuse
+            self._application = _refuse
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -66,9 +67,18 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An answer that broke off ends its connection, whether or not the client takes what was written."""
+        cycle = self.cycle
+        try:
+            await self._application(scope, receive, send)
+        finally:
+            if cycle.response_started and not cycle.response_complete:
+                self.transport.abort()
+
     def _wait(self, timeout_s: float) -> None:
         self._stop_waiting()
-        self._deadline = self.loop.call_later(timeout_s, self.transport.close)
+        self._deadline = self.loop.call_later(timeout_s, self.transport.abort)
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:

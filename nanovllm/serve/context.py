@@ -8,15 +8,18 @@ told anything at any time; its slot keeps the books whole.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # both bring more than a test of the gate needs
-    from nanovllm.engine.async_engine import AsyncEngine
+    from nanovllm.engine.async_engine import AsyncEngine, State
     from nanovllm.serve.admission import Admission, Slot
     from nanovllm.serve.config import Limits, ServerConfig
+    from nanovllm.serve.metrics import ServerMetrics
     from nanovllm.serve.tenants import Tenants
+    from nanovllm.serve.tracing import Traces
 
 TICKET = "nanovllm.ticket"
 
@@ -55,14 +58,6 @@ class Ticket:
             self.slot.release()
 
 
-class ServerMetrics(Protocol):
-    """What /metrics needs of whoever counts."""
-
-    def render(self) -> tuple[bytes, str]:
-        """The page and its content type."""
-        ...
-
-
 @dataclass
 class Services:
     """The parts of one running server."""
@@ -74,3 +69,12 @@ class Services:
     admission: Admission
     pool: ThreadPoolExecutor
     metrics: ServerMetrics | None = None
+    traces: Traces | None = None
+    generation_defaults: dict[str, Any] = field(default_factory=dict)  # what the model brings, once it is loaded
+    started_s: int = field(default_factory=lambda: int(time.time()))
+    is_loaded: bool = False  # the engine, its tokenizer and the model's defaults are there
+
+    @property
+    def state(self) -> State:
+        """The engine's state; "ready" not before everything is there."""
+        return "loading" if self.engine.state == "ready" and not self.is_loaded else self.engine.state

@@ -76,6 +76,8 @@ class Gate:
             await self._fail(reply, error)
         finally:
             ticket.release()
+            if self._services.metrics is not None and reply.status is not None:
+                self._services.metrics.answered(reply.status)
             if self._services.config.access_log:
                 _log_access(scope, ticket, reply)
 
@@ -107,7 +109,7 @@ class Gate:
 
     def _check_engine(self, scope: Scope) -> None:
         """A model that is not there cannot be asked; a server that drains takes nothing new."""
-        state = self._services.engine.state
+        state = self._services.state
         if state == "ready" or scope["path"] in ENGINELESS_PATHS:
             return
         retry_after_s = self._services.admission.retry_after_s()

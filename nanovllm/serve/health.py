@@ -21,7 +21,7 @@ RETRY_S = 1
 async def health(request: Request) -> Response:
     """200 while the engine's loop turns, or its model loads; 503 where only a restart helps."""
     services: Services = request.app.state.services
-    state = services.engine.state
+    state = services.state
     if state == "loading":
         return _answer(200, "loading")
     if state in ("unhealthy", "dead"):
@@ -34,8 +34,8 @@ async def ready(request: Request) -> Response:
     """200 where a request would be taken now: loaded, not draining, alive, the last step good."""
     services: Services = request.app.state.services
     engine = services.engine
-    if engine.state != "ready":
-        return _answer(503, engine.state)
+    if services.state != "ready":
+        return _answer(503, services.state)
     if engine.heartbeat_age_s > services.config.heartbeat_age:
         return _answer(503, "hanging")
     return _answer(503, "failing") if engine.stats.bad_steps_in_a_row else _answer(200, "ready")

@@ -23,7 +23,9 @@ import uvicorn
 from nanovllm.serve.app import build_app
 from nanovllm.serve.connection import Connection
 from nanovllm.serve.context import Services
+from nanovllm.serve.defaults import generation_defaults
 from nanovllm.serve.listener import BACKLOG, url_of
+from nanovllm.serve.metrics import measure_loop_lag
 
 ANSWER_S = 5.0  # for last answers to be written, once the engine has ended their requests
 POLL_S = 0.02
@@ -40,18 +42,24 @@ class HttpServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
 
-    async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until stopped; returns when all has ended. Raises what loading the model raises."""
+    async def run(self, on_ready: Callable[[], None], on_open: Callable[[], None] = lambda: None) -> None:
+        """Serve until stopped; returns when all has ended. Raises what loading the model raises.
+
+        `on_open` is called when the port answers, `on_ready` when requests are taken.
+        """
         self._loop = asyncio.get_running_loop()
         http = _uvicorn(self.services, self._listener)
         await http.startup(sockets=[self._listener])
         ticking = asyncio.create_task(http.main_loop())
+        measuring = asyncio.create_task(self._measure())
         try:
+            on_open()
             if await self._load():
                 on_ready()
                 await self._stopping.wait()
                 await self._drain()
         finally:
+            measuring.cancel()
             http.should_exit = True
             await ticking
             await http.shutdown(sockets=[self._listener])
@@ -73,12 +81,24 @@ class HttpServer:
         stopping.cancel()
         if loading.done():
             await loading
+            await self._read_defaults()
+            self.services.is_loaded = True
             return True
         self.services.engine.kill()
         loading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await loading
         return False
+
+    async def _measure(self) -> None:
+        if self.services.metrics is not None:
+            await measure_loop_lag(self.services.metrics.loop_lag)
+
+    async def _read_defaults(self) -> None:
+        """What the model's files say about sampling. It is read where the engine just read them."""
+        services = self.services
+        read = partial(generation_defaults, services.engine.config.model, services.config.generation_config)
+        services.generation_defaults = await asyncio.get_running_loop().run_in_executor(services.pool, read)
 
     async def _drain(self) -> None:
         """The gate refuses from here on; the engine ends what it has, and the answers are written."""
@@ -93,9 +113,13 @@ class HttpServer:
         if self.services.engine.state != "loading":
             await self.services.engine.close()
         self.services.pool.shutdown(wait=False, cancel_futures=True)
+        if self.services.traces is not None:
+            await asyncio.to_thread(self.services.traces.close)
 
 
-def serve_until_signalled(server: HttpServer, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
+def serve_until_signalled(
+    server: HttpServer, on_open: Callable[[], None], on_ready: Callable[[], None], on_stop: Callable[[], None]
+) -> None:
     """Run `server` in this, the main, thread until SIGTERM or SIGINT; at the second one, leave at once."""
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -107,7 +131,7 @@ def serve_until_signalled(server: HttpServer, on_ready: Callable[[], None], on_s
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        asyncio.run(server.run(on_ready))
+        asyncio.run(server.run(on_ready, on_open))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

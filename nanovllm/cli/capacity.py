@@ -8,6 +8,7 @@ weight is; with --json stdout is one JSON document.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -16,6 +17,7 @@ from nanovllm.config import parse_bytes
 from nanovllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from nanovllm.lab.workloads import Workload
     from nanovllm.models.model_config import ModelConfig
     from nanovllm.observe.capacity_report import CapacityQuestion
 
@@ -25,10 +27,12 @@ EXAMPLES = """Examples:
 
   nanovllm capacity smollm2 --memory 1GiB --prompt 512 --output 128 --shared-prefix 400
 
+  nanovllm capacity smollm2 --memory 1GiB --compare contiguous --workload mixed_ctx --plot waste.svg
+
   nanovllm capacity tiny:random --memory 1MiB --prompt 100 --output 50 --json
 """
 MODEL_HELP = "smollm2, a directory, a .gguf file, a hub id org/name, or tiny:random."
-POOL, REQUEST, OUTPUT = "Pool", "Request", "Output"
+POOL, REQUEST, COMPARE, OUTPUT = "Pool", "Request", "Compare", "Output"
 MOST = 2**31
 
 
@@ -53,18 +57,38 @@ def capacity(
     shared_prefix: Annotated[
         int, _flag("--shared-prefix", "Prompt tokens that all requests begin with.", REQUEST, min=0, max=MOST)
     ] = 0,
+    compare: Annotated[
+        Literal["contiguous"] | None,
+        _flag("--compare", "Replay a workload under contiguous reservations and under pages.", COMPARE),
+    ] = None,
+    workload: Annotated[
+        str,
+        _flag("--workload", "Which; --prompt is its length, in mixed_ctx of the long quarter.", COMPARE),
+    ] = "mixed_ctx",
+    requests: Annotated[
+        int, _flag("--requests", "Sessions of the workload, all there at once.", COMPARE, min=1, max=10**5)
+    ] = 200,
+    seed: Annotated[int, _flag("--seed", "Same seed, same workload.", COMPARE, min=0, max=2**32)] = 0,
+    plot: Annotated[
+        Path | None, _flag("--plot", "Draw the comparison to this .png or .svg file.", COMPARE, metavar="FILE")
+    ] = None,
     as_json: Annotated[bool, _flag("--json", "Print one JSON document.", OUTPUT)] = False,
 ) -> None:
     """Compute what KV takes and how many requests fit: token-exact, block-exact, and by block size.
 
-    Nothing is loaded and nothing runs: all figures are estimated.
+    Nothing is loaded and nothing runs: figures are estimated. --compare replays allocations: simulated.
     """
     memory_bytes = parse_bytes(memory, "memory")
+    if plot is not None and compare is None:
+        raise ConfigError("plot draws a comparison.", param="plot", hint="Add --compare contiguous.")
     if shared_prefix > prompt:
         raise ConfigError(
             f"shared_prefix ({shared_prefix}) is longer than the prompt ({prompt}).", param="shared_prefix"
         )
-    report = _report(model, dtype, memory_bytes, with_weights, locals())
+    given = locals()
+    report = _report(model, dtype, memory_bytes, with_weights, given)
+    if compare is not None:
+        report |= {"compare": _compare(report, given)}
     if as_json:
         print(json.dumps(report, allow_nan=False))
     else:
@@ -89,6 +113,38 @@ def _report(model: str, dtype: str, memory_bytes: int, with_weights: bool, given
             hint="Give more memory, or a smaller block_size.",
         )
     return document(question) | {"weights": _weights(config, dtype_bytes, weight_bytes, kv_bytes, with_weights)}
+
+
+def _compare(report: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The replays' document; their picture is drawn on the way."""
+    from nanovllm.lab.allocation_replay import compare_contiguous
+
+    path: Path | None = given["plot"]
+    if path is not None:
+        from nanovllm.lab.allocation_plot import check_plot_path
+
+        check_plot_path(path)
+    document, replays = compare_contiguous(
+        _workload(given),
+        report["pool"]["num_blocks"],
+        given["block_size"],
+        max_len=report["concurrency"]["reserve_max_tokens"],
+        guess=given["output"],
+    )
+    if path is not None:
+        from nanovllm.lab.allocation_plot import plot
+
+        plot(replays, document, path)
+    return document
+
+
+def _workload(given: dict[str, Any]) -> Workload:
+    """The named workload in the lengths that were asked for."""
+    from nanovllm.lab.workloads import generate
+
+    name, prompt = given["workload"], given["prompt"]
+    lengths = {"length": max(1, prompt // 8), "long_len": prompt} if name == "mixed_ctx" else {"length": prompt}
+    return generate(name, seed=given["seed"], sessions=given["requests"], output_len=given["output"], **lengths)
 
 
 def _shape_of(model: str, dtype: str) -> tuple[ModelConfig, str, int]:

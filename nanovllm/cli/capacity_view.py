@@ -18,6 +18,16 @@ LIMITS_NOTE = (
     "preempted. max_num_seqs (64 by default) and the watermark (1 % of the blocks) are limits of their own."
 )
 
+_COMPARED = {
+    "mean live": "mean_concurrency",
+    "most live": "max_concurrency",
+    "ticks": "ticks",
+    "failed admissions": "failed_admissions",
+    "refused": "refused",
+    "preempted": "preemptions",
+}
+_KINDS = ("used", "reserved", "internal", "external", "free")
+
 
 def print_report(report: Mapping[str, Any]) -> None:
     """The sections in the order in which the arithmetic goes."""
@@ -29,6 +39,24 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(f"\n{LIMITS_NOTE}")
     for name, text in [*_sharing(report), *_weights(report)]:
         console.print(f"[bold]{name:<22}[/]{escape(text)}")
+    if "compare" in report:
+        _print_comparison(console, report["compare"])
+
+
+def _print_comparison(console: Console, found: Mapping[str, Any]) -> None:
+    """The allocators side by side; shares are those of the ticks at which somebody waits."""
+    work = found["workload"]
+    title = f"{work['name']}, {work['requests']:,} requests, {found['capacity_tokens']:,} token slots (simulated)"
+    table = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    for name in ("", *_COMPARED, *_KINDS):
+        table.add_column(name, justify="right" if name else "left")
+    for row in found["allocators"]:
+        shares = row["shares_while_somebody_waits"] or row["shares"]
+        counts = [f"{row[key]:,.1f}" if isinstance(row[key], float) else f"{row[key]:,}" for key in _COMPARED.values()]
+        table.add_row(row["allocator"], *counts, *(f"{shares[kind]:.1%}" for kind in _KINDS))
+    console.print()
+    console.print(table, soft_wrap=False)
+    console.print(escape(f"Shares of slots: means over the ticks at which somebody waits. {found['note']}."))
 
 
 def _arithmetic(report: Mapping[str, Any]) -> list[tuple[str, str]]:

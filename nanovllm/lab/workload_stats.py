@@ -25,7 +25,7 @@ def describe(workload: Workload, block_size: int = 16) -> dict[str, Any]:
     return {
         "label": LABEL,
         "workload": workload.name,
-        "knobs": vars(workload.knobs),
+        "knobs": workload.knobs.as_dict(),
         "requests": len(workload.requests),
         "sessions": len({request.session for request in workload.requests}),
         "namespaces": len({request.namespace for request in workload.requests}),

@@ -64,6 +64,10 @@ class Knobs:
         self._require("rate", self.rate > 0, "more than 0")
         self._require("burstiness", self.burstiness > 0, "more than 0")
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that JSON can hold: an infinite rate, everything at once, is None."""
+        return {**vars(self), "rate": None if math.isinf(self.rate) else self.rate}
+
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)}.", param=name)

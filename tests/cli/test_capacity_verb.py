@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -56,8 +57,22 @@ def test_weights_inside_the_memory_leave_less_for_kv(nanovllm: Run) -> None:
         (("--memory", "much"), "memory"),
         (("--with-weights", "--memory", "100KiB"), "memory"),
         (("--prompt", "10", "--shared-prefix", "11"), "shared_prefix"),
+        (("--plot", "a.png"), "--compare contiguous"),
+        (("--compare", "contiguous", "--plot", "a.gif"), ".png or .svg"),
+        (("--compare", "contiguous", "--workload", "mixed_ctxt"), "mixed_ctx"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(nanovllm: Run, arguments: tuple[str, ...], word: str) -> None:
     done = nanovllm("capacity", "tiny:random", "--dtype", "float32", *arguments)
     assert done.returncode == 2 and word in done.stderr and done.stdout == ""
+
+
+def test_the_comparison_is_simulated_and_drawn(nanovllm: Run, tmp_path: Path) -> None:
+    flags = ("--compare", "contiguous", "--requests", "40", "--plot", str(tmp_path / "a.svg"))
+    text = nanovllm(*TINY, *flags).stdout
+    assert "mixed_ctx, 40 requests, 2,048 token slots (simulated)" in text
+    rows = json.loads(nanovllm(*TINY, *flags, "--json").stdout)["compare"]["allocators"]
+    assert [row["allocator"] for row in rows] == ["reserve-max", "reserve-exact", "reserve-guess", "paged"]
+    assert {row["served"] + row["refused"] for row in rows} == {40} and {row["label"] for row in rows} == {"simulated"}
+    assert rows[0]["max_concurrency"] == 1 and all(f"{row['ticks']:,}" in text for row in rows)
+    assert "reserve-exact" in (tmp_path / "a.svg").read_text()

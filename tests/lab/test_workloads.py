@@ -238,6 +238,13 @@ def test_draws() -> None:
     assert Draws(0, "test").tokens(5, 9) == Draws(0, "test").tokens(8, 9)[:5] != Draws(0, "other").tokens(5, 9)
 
 
+def test_a_description_is_json() -> None:
+    """With an infinite rate too, of which JSON knows nothing."""
+    document = json.loads(json.dumps(describe(generate("rag")), allow_nan=False))
+    assert document["knobs"]["rate"] is None and document["overlap"]["label"] == "observe-only"
+    assert document["label"] == "simulated" and document["prompt_len"]["sum"] == document["overlap"]["tokens"]
+
+
 def test_words_for_who_needs_text() -> None:
     part = generate("short_ctx").requests[0].parts[0]
     assert len(workloads.as_text(part).split()) == len(part.token_ids)

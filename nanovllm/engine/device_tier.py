@@ -106,7 +106,7 @@ class DeviceTier:
         c = size.config
         shape = (size.num_blocks, c.num_layers, 2, c.num_kv_heads, size.block_size, c.head_dim)
         self.pool = _zeros(shape, dtype, device)
-        self.block_bytes, self.num_blocks = size.block_bytes, size.num_blocks
+        self.block_bytes = size.block_bytes
 
     def read_block(self, block_id: int) -> bytes:
         """The block's bytes in canonical order. Raises InvalidRequestError on an id outside the pool."""

@@ -14,21 +14,23 @@ from nanovllm.observe.records import RunHeader
 
 
 def run_header(engine: LLMEngine, config: EngineConfig, command: str) -> RunHeader:
-    """What `engine`, made from `config`, is about to run. Call it before the first request that is recorded."""
+    """What `engine`, made from `config`, is about to run. Call it before the first request that is recorded.
+
+    A simulated engine has no tensors: its blocks have 0 bytes.
+    """
     parts, scheduler, tier = engine.parts, engine.scheduler, engine.parts.device_tier
-    assert tier is not None, "an engine of a config has a pool"
     kv = scheduler.kv
-    is_cold = kv.num_cached_blocks == 0 and kv.num_free_blocks == tier.num_blocks
+    is_cold = kv.num_cached_blocks == 0 and kv.num_free_blocks == kv.num_blocks
     return RunHeader(
         label=parts.label,
         model=config.model,
         weights=str(parts.identity.get("weights", "")),
-        dtype=str(tier.pool.dtype).removeprefix("torch."),
+        dtype=str(parts.identity.get("dtype", "none")).removeprefix("torch."),
         policy=config.policy,
         schedule_mode=config.schedule_mode,
         block_size=scheduler.block_size,
-        num_blocks=tier.num_blocks,
-        block_bytes=tier.block_bytes,
+        num_blocks=kv.num_blocks,
+        block_bytes=tier.block_bytes if tier else 0,
         prefix_mode=config.prefix_mode,
         prior_state="cold" if is_cold else "warm",
         seed=config.seed,

@@ -24,9 +24,10 @@ MAX_LINE_BYTES = 2**16
 
 @dataclass
 class Recording:
-    """One run: `requests`, `steps`, `waits` and `blocks` in the order of their sequence numbers."""
+    """One run: its `events`, and the same by kind, all in the order of their sequence numbers."""
 
     header: RunHeader
+    events: list[Event] = field(default_factory=list)
     requests: list[RequestEvent] = field(default_factory=list)
     steps: list[StepEvent] = field(default_factory=list)
     waits: list[WaitEvent] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Recording:
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
+        self.events.append(event)
         if isinstance(event, RequestEvent):
             self.requests.append(event)
         elif isinstance(event, StepEvent):
@@ -94,8 +96,7 @@ def _take(recording: Recording, path: Path, number: int, line: bytes) -> None:
     if isinstance(found, RunEnd):
         recording.end = found
         return
-    kept = (recording.requests, recording.steps, recording.waits, recording.blocks)
-    if found.seq <= max((events[-1].seq for events in kept if events), default=-1):
+    if recording.events and found.seq <= recording.events[-1].seq:
         raise _refused(path, number, f"seq {found.seq} does not follow the one before it")
     recording.add(found)
 

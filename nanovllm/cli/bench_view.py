@@ -15,12 +15,7 @@ from rich.table import Table
 
 from nanovllm.cli.terminal import harmless
 
-LATENCIES = {
-    "ttft": "TTFT  to the first text",
-    "tpot": "TPOT  a token after the first",
-    "itl": "ITL   between chunks",
-    "e2e": "E2E   to the end",
-}
+LATENCIES = {"ttft": "TTFT", "tpot": "TPOT per token", "itl": "ITL between chunks", "e2e": "E2E"}
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 
 
@@ -36,7 +31,7 @@ def print_report(document: Mapping[str, Any]) -> None:
 
 def _latencies(found: Mapping[str, Any], label: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"ms, {label}")
+    table.add_column(f"ms, {label}", no_wrap=True)
     for name in (*STATISTICS, "count"):
         table.add_column(name, justify="right")
     for name, title in LATENCIES.items():

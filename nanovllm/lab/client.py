@@ -37,11 +37,15 @@ def list_models(address: Address, timeout_s: float = CONNECT_S) -> list[str]:
 
 def first_model(address: Address) -> str:
     """The model to use where the user named none."""
-    names = list_models(address)
+    try:
+        names = list_models(address)
+    except RemoteError as error:
+        if error.status != 404:
+            raise
+        names = []  # some servers have no such page
     if not names:
-        raise RemoteError(
-            f"The server at {address.url} lists no model.", code="no_model", hint="Name one with --model NAME."
-        )
+        message = f"The server at {address.url} lists no model."
+        raise RemoteError(message, code="no_model", hint="Name one with --model NAME.")
     return names[0]
 
 

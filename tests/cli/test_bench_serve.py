@@ -101,6 +101,7 @@ def test_nobody_there(command: Run) -> None:
         (lambda seen: refusal("401 Unauthorized", "No key."), "The server answered: No key. Give a key with --api-key"),
         (lambda seen: [b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"], "no OpenAI-compatible server"),
         (lambda seen: [b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n" + b'{"data":[]}'], "lists no model"),
+        (lambda seen: refusal("404 Not Found", "Nothing here."), "Name one with --model NAME."),
         (lambda seen: [], "broke"),
     ],
 )

@@ -60,6 +60,7 @@ class Order:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    model: str = ""  # as the client called it
     grammar_param: str = "response_format"  # the field that a grammar which cannot be compiled came from
 
 
@@ -70,7 +71,7 @@ class Answer:
         self._services, self._ticket, self._order = services, ticket, order
         self._rendering, self._is_stream = rendering, is_stream
         self._streams: list[RequestStream] = []
-        self._has_started = False
+        self._has_started = self._is_complete = False
         self._sent_s = time.monotonic()  # when the last send ended
         self._sending_s: float | None = None  # when the one under way began
         self._turn = asyncio.Lock()
@@ -92,6 +93,7 @@ class Answer:
         finally:
             for stream in self._streams:
                 stream.close()
+            self._trace(scope, failure)
         if failure is not None and (is_internal(failure) or not self._has_started):
             raise failure  # the gate answers it, or logs it where the answer is under way
 
@@ -103,8 +105,24 @@ class Answer:
                 data = self._rendering.add(batch)
                 if data:
                     await self._write(send, data, is_last=False)
-        finished = [stream.finished for stream in self._streams if stream.finished is not None]
-        await self._write(send, self._rendering.end(finished), is_last=True)
+        await self._write(send, self._rendering.end(self._finished), is_last=True)
+        self._is_complete = True
+
+    @property
+    def _finished(self) -> list[Finished]:
+        return [stream.finished for stream in self._streams if stream.finished is not None]
+
+    def _trace(self, scope: Scope, failure: Exception | None) -> None:
+        if self._services.traces is not None:
+            self._services.traces.record(
+                scope,
+                self._order.model,
+                self._order.params,
+                self._finished,
+                is_complete=self._is_complete,
+                is_stream=self._is_stream,
+                failure=failure,
+            )
 
     def _submit(self) -> None:
         services, order = self._services, self._order

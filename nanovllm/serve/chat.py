@@ -43,7 +43,9 @@ async def chat(request: Request) -> Answer:
     ids, added = await encode_chat(services, _conversation(body, use, template, variables))
     head = Head(name, params.n, use, services.engine.tokenizer, _logprobs(body), streaming.has_usage)
     rendering = ChatStream(head) if streaming.is_stream else ChatWhole(head)
-    order = Order([Prompt(ids, added)], params, priority, body.cache_salt or "", blamed(use, body.response_format))
+    order = Order(
+        [Prompt(ids, added)], params, priority, body.cache_salt or "", name, blamed(use, body.response_format)
+    )
     return Answer(services, ticket, order, rendering, streaming.is_stream)
 
 

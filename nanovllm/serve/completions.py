@@ -48,7 +48,7 @@ async def completions(request: Request) -> Answer:
     echoes = [_echo(prompt, services) if body.echo else "" for prompt in given]
     head = Head(name, params.n, echoes, tokenizer, body.logprobs, streaming.has_usage)
     rendering = TextStream(head) if streaming.is_stream else TextWhole(head)
-    order = Order(prompts, params, priority, body.cache_salt or "", blamed(None, body.response_format))
+    order = Order(prompts, params, priority, body.cache_salt or "", name, blamed(None, body.response_format))
     return Answer(services, ticket, order, rendering, streaming.is_stream)
 
 

@@ -76,7 +76,17 @@ SNAPSHOT = {
         "--json",
         "--help",
     },
-    "probe": {"--block-size", "--capacity", "--hash-block", "--json", "--help"},
+    "probe": {
+        "--block-size",
+        "--capacity",
+        "--hash-block",
+        "--workload",
+        "--sessions",
+        "--num-blocks",
+        "--seed",
+        "--json",
+        "--help",
+    },
     "bench serve": {
         "--url",
         "--model",

@@ -44,3 +44,25 @@ def test_a_recording_of_events_is_told_apart(nanovllm: Run, tmp_path: Path) -> N
     path = written(tmp_path / "events.jsonl", [{"schema": 1, "seq": 0, "ts_ns": 1, "request_id": "a"}])
     done = nanovllm("probe", str(path))
     assert done.returncode == 2 and "names no blocks" in done.stderr
+
+
+def test_a_workload_with_the_probe_beside_it(nanovllm: Run) -> None:
+    """One conversation of four turns, one after the other: probe and engine count the same."""
+    flags = ("probe", "--workload", "multi_turn", "--sessions", "1")
+    report = json.loads(nanovllm(*flags, "--json").stdout)
+    assert report["source"]["prefix_mode"] == "observe" and report["source"]["served"] == 4
+    assert report["figures"][-1]["overlap_tokens"] == report["source"]["potential_cached_tokens"] > 0
+    lines = nanovllm(*flags, "--capacity", "2").stdout.splitlines()
+    assert len(lines) == 3 and all(STATEMENT in line for line in lines)
+    assert "prefix_mode observe" in lines[0]
+
+
+def test_namespaces_are_told_apart(nanovllm: Run) -> None:
+    report = json.loads(nanovllm("probe", "--workload", "multi_tenant", "--json").stdout)
+    assert [figure["namespace"] for figure in report["figures"]] == [*(f"tenant-{i}" for i in range(4)), "*"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("a.jsonl", "--workload", "rag")])
+def test_one_source_is_needed(nanovllm: Run, arguments: tuple[str, ...]) -> None:
+    done = nanovllm("probe", *arguments)
+    assert done.returncode == 2 and "--workload" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -47,6 +49,18 @@ def fresh_server() -> Iterator[Factory]:
     """A server of the test's own, to be drained, broken or filled."""
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(running(**settings))
+
+
+@pytest.fixture
+def log() -> Iterator[Callable[[], str]]:
+    """All that the server logs from here on; heard at its own logger, whatever the command line did to the parents."""
+    logger, text = logging.getLogger("nanovllm.serve"), io.StringIO()
+    handler, before = logging.StreamHandler(text), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield text.getvalue
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from nanovllm.serve.app import ROUTES, build_app, build_services
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.gate import OPEN_PATHS
 from nanovllm.serve.tenants import Tenants, namespace_of
-from tests.serve.servers import CHAT, COMPLETIONS, LiveServer, assert_alive, split
+from tests.serve.servers import CHAT, COMPLETIONS, LiveServer, assert_alive, split, until
 
 Factory = Callable[..., LiveServer]
 KEYED = {"api_key": ("alice:user-key-1", "user-key-2"), "admin_key": "admin-key"}
@@ -240,31 +240,48 @@ def test_the_same_request_id_twice_in_flight(server: Factory) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("at 0x7f00dead of my-secret-prompt"), KeyError("my-secret-prompt")])
 def test_a_failure_says_its_request_id_and_nothing_else(
-    server: Factory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    server: Factory, monkeypatch: pytest.MonkeyPatch, log: Callable[[], str], error: Exception
 ) -> None:
     live = server()
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG):
+    with monkeypatch.context() as patch:
         patch.setattr(live.services.engine, "submit", fail)
         answer = live.complete("my-secret-prompt", {"X-Request-Id": "mine"})
     assert (answer.status, answer.code) == (500, "internal_error")
     assert answer.json["error"]["message"] == "The server failed. Request id: mine."
-    assert "mine" in caplog.text and type(error).__name__ in caplog.text and "in _submit" in caplog.text
-    assert "my-secret-prompt" not in caplog.text and "dead" not in caplog.text
+    logged = log()
+    assert "mine" in logged and type(error).__name__ in logged and "in _submit" in logged
+    assert "my-secret-prompt" not in logged and "dead" not in logged
     assert_alive(live)
 
 
-def test_an_access_log_has_no_text(server: Factory, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_access_log_has_no_text(server: Factory, log: Callable[[], str]) -> None:
     live = server(access_log=True, api_key=("carol:carols-key",))
-    with caplog.at_level(logging.INFO, logger="nanovllm.serve.access"):
-        live.complete("my-secret-prompt", {"X-Request-Id": "mine"})
-        live.get("/v1/%0amodels?q=my-secret-prompt")
-    lines = [record.getMessage() for record in caplog.records if record.name == "nanovllm.serve.access"]
+    live.complete("my-secret-prompt", {"X-Request-Id": "mine"})
+    live.get("/v1/%0amodels?q=my-secret-prompt")
+    until(lambda: log().count("/v1/") == 2, "a line is missing")  # it is written after the answer
+    lines = log().splitlines()
     assert [line.split()[:4] for line in lines] == [
         ["POST", COMPLETIONS, "200", "carol"],
         ["GET", "/v1/%0amodels", "404", "carol"],
     ]
-    assert lines[0].endswith("mine") and "secret" not in "".join(lines) and "carols-key" not in "".join(lines)
+    assert lines[0].endswith("mine") and "secret" not in log() and "carols-key" not in log()
+
+
+# -- attack 27: nothing is fetched ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file"])
+def test_no_url_is_fetched(server: Factory, kind: str) -> None:
+    live = server()
+    with socket.create_server(("127.0.0.1", 0)) as bait:
+        bait.settimeout(0.3)
+        url = f"http://127.0.0.1:{bait.getsockname()[1]}/a.png"
+        part = {"type": kind, kind: {"url": url, "file_data": url, "data": url}}
+        answer = live.ask("POST", CHAT, {"messages": [{"role": "user", "content": [part]}]})
+        assert 400 <= answer.status < 500 and answer.code
+        with pytest.raises(TimeoutError):
+            bait.accept()

@@ -53,12 +53,10 @@ async def completions(request: Request) -> Answer:
 
 
 def prompts_of(prompt: str | list[str | int | list[int]], services: Services) -> list[str | list[int]]:
-    """The prompts of one request: of all of them, none is empty. Raises InvalidRequestError."""
+    """The prompts of one request. Raises InvalidRequestError."""
     prompts = _listed(prompt)
     if len(prompts) > services.limits.prompts:
         raise InvalidRequestError(f"At most {services.limits.prompts} prompts are allowed.", param="prompt")
-    if not all(prompts):
-        raise InvalidRequestError("A prompt is empty.", param="prompt", hint="Give at least one token.")
     return prompts
 
 

@@ -61,8 +61,8 @@ def test_logprobs(smollm2: Live) -> None:
     [
         ("", {}, "prompt"),
         ([], {}, "prompt"),
-        ([""], {}, "prompt"),
-        ([[]], {}, "prompt"),
+        ([""], {}, "prompt[0]"),
+        ([[]], {}, "prompt[0]"),
         (["a", 1], {}, "prompt"),
         ([[1], 1], {}, "prompt"),
         ([1, "a"], {}, "prompt"),

@@ -1,0 +1,104 @@
+"""The OpenAPI document: complete, valid, and true of the decoder and of the answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.serve import protocol
+from nanovllm.serve.app import ROUTES
+from nanovllm.serve.decode import decode
+from nanovllm.serve.openapi import REFUSALS, document
+from tests.serve.surface import HI, Live
+
+DOCUMENT = document()
+SCHEMAS = DOCUMENT["components"]["schemas"]
+
+
+def validator(name: str) -> Any:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
+    return jsonschema_rs.validator_for(schema)
+
+
+def test_it_is_served(tiny: Live) -> None:
+    assert tiny.http.get("/openapi.json").json() == json.loads(json.dumps(DOCUMENT))
+
+
+def test_every_route_is_in_it() -> None:
+    paths = {route.path.replace(":path", "") for route in ROUTES}
+    assert paths - set(DOCUMENT["paths"]) <= {"/openapi.json", "/metrics"}
+    assert set(DOCUMENT["paths"]) <= paths
+
+
+def test_references_lead_somewhere() -> None:
+    text = json.dumps(DOCUMENT)
+    for part in text.split('"#/components/schemas/')[1:]:
+        assert part[: part.index('"')] in SCHEMAS
+
+
+@pytest.mark.parametrize("path", [path for path, methods in DOCUMENT["paths"].items() if "post" in methods])
+def test_every_refusal_is_documented(path: str) -> None:
+    assert set(DOCUMENT["paths"][path]["post"]["responses"]) == {"200", *REFUSALS}
+
+
+@pytest.mark.parametrize("kind", protocol.REQUESTS)
+def test_hints_and_refused_fields_are_said(kind: type) -> None:
+    properties = SCHEMAS[kind.__name__]["properties"]
+    assert SCHEMAS[kind.__name__]["additionalProperties"] is False
+    if issubclass(kind, protocol.Hints):
+        assert all(properties[name]["description"] == "accepted, without effect" for name in protocol.HINTS)
+    for name in protocol.refused_fields(kind):
+        assert properties[name]["type"] == "null" and "not supported" in properties[name]["description"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 16},
+        {"n": 17},
+        {"n": 0},
+        {"temperature": 100},
+        {"temperature": -0.1},
+        {"top_p": 0},
+        {"top_p": 1},
+        {"stop": "x"},
+        {"stop": ["x"] * 5},
+        {"stop": ""},
+        {"logit_bias": {"1": 1}},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"tool_choice": "auto"},
+        {"tool_choice": "sometimes"},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema"}},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"user": None, "audio": None},
+        {"audio": {}},
+        {"bogus": 1},
+    ],
+)
+def test_the_document_and_the_decoder_agree(fields: dict) -> None:
+    body = {"messages": HI, **fields}
+    try:
+        decode(json.dumps(body).encode(), protocol.ChatRequest, 64)
+        is_taken = True
+    except InvalidRequestError:
+        is_taken = False
+    assert validator("ChatRequest").is_valid(body) == is_taken
+
+
+def test_answers_are_as_documented(tiny: Live) -> None:
+    asked = {"max_tokens": 4, "logprobs": True, "n": 2}
+    assert validator("ChatReply").is_valid(tiny.chat(**asked).json())
+    for event in tiny.events("/v1/chat/completions", {"messages": HI, **asked})[:-1]:
+        assert validator("ChatChunk").is_valid(event)
+    assert validator("TextReply").is_valid(tiny.complete("x", logprobs=1).json())
+    assert validator("ErrorReply").is_valid(tiny.complete("").json())
+    assert validator("ModelsReply").is_valid(tiny.http.get("/v1/models").json())
+    assert validator("TokenizeReply").is_valid(tiny.ask("/tokenize", {"prompt": "x"}).json())

@@ -1,0 +1,109 @@
+"""Generated requests, sound and unsound, from our own OpenAPI document: no 5xx, nothing undocumented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import load_all_checks
+from schemathesis.specs.openapi import checks
+
+from nanovllm.serve.openapi import document
+from tests.serve.surface import Live
+
+SCHEMA = schemathesis.openapi.from_dict(document())
+OPERATIONS = {f"{found.ok().method} {found.ok().path}": found.ok() for found in SCHEMA.get_all_operations()}
+MODES = list(schemathesis.GenerationMode)
+CHECKS = [checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
+COUNT, LONG_COUNT = 40, 2_500  # per operation with a body, and mode: eight in all
+FEW_TOKENS = 2
+load_all_checks()
+
+
+def of(count: int) -> settings:
+    """Generate only: what fails is short enough without shrinking, which would cost minutes."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count == COUNT,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def shorten(body: Any) -> None:
+    """Ask for few tokens, so that the cases and not the model take the time; wrong values stay as they are."""
+    if not isinstance(body, dict):
+        return
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if (value is None and name == "max_tokens") or (type(value) is int and value > FEW_TOKENS):
+            body[name] = FEW_TOKENS
+    if type(body.get("n")) is int and FEW_TOKENS < body["n"] <= 16:
+        body["n"] = FEW_TOKENS
+
+
+def sound(body: dict) -> None:
+    """Undo what types cannot say and would refuse nearly every case: names, and fields that need each other."""
+    for name in ("model", "priority", "stream_options", "structured_outputs", "top_logprobs", "tool_choice", "echo"):
+        body.pop(name, None)
+    for name in ("best_of", "min_tokens", "logit_bias", "stop_token_ids", "reasoning_effort", "chat_template_kwargs"):
+        body.pop(name, None)
+    for name, value in body.items():
+        if type(value) is float and value.is_integer():  # JSON schema's integers; ours have no point
+            body[name] = int(value)
+    if body.get("max_completion_tokens") is not None:
+        body["max_tokens"] = body["max_completion_tokens"] = FEW_TOKENS
+    if "prompt" in body:
+        body["prompt"] = "x"
+
+
+def try_many(name: str, mode: Any, live: Live, count: int) -> None:
+    statuses: set[int] = set()
+
+    @of(count)
+    @given(OPERATIONS[name].as_strategy(generation_mode=mode))
+    def each(case: Any) -> None:
+        statuses.add(try_case(case, live, is_sound=mode is schemathesis.GenerationMode.POSITIVE))
+
+    try:
+        each()
+    except Unsatisfiable:  # an operation without a body has no unsound case
+        assert name.startswith("get")
+    if name.startswith("post"):
+        assert (200 if mode is schemathesis.GenerationMode.POSITIVE else 400) in statuses
+
+
+def try_case(case: Any, live: Live, *, is_sound: bool) -> int:
+    if case.path in ("/v1/chat/completions", "/v1/completions"):
+        shorten(case.body)
+        if is_sound and len(repr(case.body)) % 3:
+            sound(case.body)
+    response = case.call(base_url=live.url, timeout=60)
+    assert response.status_code < 500, response.text
+    if not response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+        case.validate_response(response, checks=CHECKS)
+    return response.status_code
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_case_breaks_it(name: str, mode: Any, tiny: Live) -> None:
+    try_many(name, mode, tiny, COUNT)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name.startswith("post")])
+def test_no_case_of_many_breaks_it(name: str, mode: Any, tiny: Live) -> None:
+    try_many(name, mode, tiny, LONG_COUNT)
+    assert tiny.is_alive()
+
+
+def test_it_is_well_afterwards(tiny: Live) -> None:
+    assert tiny.is_alive()

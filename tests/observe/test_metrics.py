@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +22,7 @@ from nanovllm.engine.request_stream import RequestStream
 from nanovllm.errors import DeadlineError, ExecutionError, UnhealthyError
 from nanovllm.observe.instruments import Histogram
 from nanovllm.observe.metrics import Ended, EngineMetrics, Reading
+from nanovllm.observe.tracing import SEMCONV_VERSION
 from nanovllm.serve.metrics import ServerMetrics, measure_loop_lag
 
 # name as it is exported, type, labels beyond model_name and engine: from vLLM's vllm/v1/metrics/loggers.py
@@ -237,6 +240,14 @@ def test_loop_lag_is_measured_until_cancelled() -> None:
 
     lag = asyncio.run(whole())
     assert lag.count == 2 and lag.sum >= 0
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "metrics.zh.md"])
+def test_the_pages_name_what_is_exported(page: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)(?:\{\w+\})?`", row)}
+    assert named == set(VLLM | OTHERS) and SEMCONV_VERSION in text
 
 
 # -- without an engine ---------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class Services:
     metrics: ServerMetrics | None = None
     traces: Traces | None = None
     generation_defaults: dict[str, Any] = field(default_factory=dict)  # what the model brings, once it is loaded
+    longest_token: int = 256  # letters; no text of more than this times the context fits the model
     started_s: int = field(default_factory=lambda: int(time.time()))
     is_loaded: bool = False  # the engine, its tokenizer and the model's defaults are there
 

@@ -27,7 +27,6 @@ from nanovllm.serve.decode import decode
 LARGE_BODY = 256 * 1024
 RENDER_S = 1.0  # for a template and a short text
 BYTES_PER_S = 256 * 1024  # more time for more text; a tenth of what a tokenizer does
-LONGEST_TOKEN = 256  # bytes; a text of more than this many times the context has too many tokens
 Body = TypeVar("Body", bound=msgspec.Struct)
 Result = TypeVar("Result")
 
@@ -91,7 +90,7 @@ async def encode_text(services: Services, text: str, *, add_special_tokens: bool
 
 def check_size(characters: int, services: Services, param: str) -> None:
     """Raise ContextLengthError for a text that has too many tokens however it is cut."""
-    if characters > services.engine.info.max_model_len * LONGEST_TOKEN:
+    if characters > services.engine.info.max_model_len * services.longest_token:
         raise ContextLengthError(
             f"The text of {characters} characters is longer than {services.engine.info.max_model_len} tokens can be.",
             param=param,
@@ -107,3 +106,8 @@ def check_length(tokens: int, services: Services, param: str) -> None:
             param=param,
             hint="Shorten it.",
         )
+
+
+def longest_token(tokenizer: ChatTokenizer) -> int:
+    """Letters of the longest token; it takes a look at each."""
+    return max(len(tokenizer.id_to_token(token_id) or "") for token_id in range(tokenizer.vocab_size))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from nanovllm.serve.context import Services
 from nanovllm.serve.defaults import generation_defaults
 from nanovllm.serve.listener import BACKLOG, url_of
 from nanovllm.serve.metrics import measure_loop_lag
+from nanovllm.serve.reception import longest_token
 
 ANSWER_S = 5.0  # for last answers to be written, once the engine has ended their requests
 POLL_S = 0.02
@@ -95,10 +97,12 @@ class HttpServer:
             await measure_loop_lag(self.services.metrics.loop_lag)
 
     async def _read_defaults(self) -> None:
-        """What the model's files say about sampling. It is read where the engine just read them."""
-        services = self.services
+        """What the model's files say about sampling, and how long its tokens are; looked up in a thread."""
+        services, loop = self.services, asyncio.get_running_loop()
         read = partial(generation_defaults, services.engine.config.model, services.config.generation_config)
-        services.generation_defaults = await asyncio.get_running_loop().run_in_executor(services.pool, read)
+        services.generation_defaults = await loop.run_in_executor(services.pool, read)
+        measure = partial(longest_token, services.engine.tokenizer)
+        services.longest_token = await loop.run_in_executor(services.pool, measure)
 
     async def _drain(self) -> None:
         """The gate refuses from here on; the engine ends what it has, and the answers are written."""
@@ -129,9 +133,15 @@ def serve_until_signalled(
         server.stop()
         on_stop()
 
+    def on_loaded() -> None:
+        """What was loaded stays: walking it at each full collection would stop the loop for 200 ms at a time."""
+        gc.collect()
+        gc.freeze()
+        on_ready()
+
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        asyncio.run(server.run(on_ready, on_open))
+        asyncio.run(server.run(on_loaded, on_open))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

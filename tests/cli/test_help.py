@@ -12,6 +12,7 @@ import pytest
 
 from nanovllm.cli.flags import _NOT_FLAGS, flag_of
 from nanovllm.config import EngineConfig
+from nanovllm.serve.config import setting_fields
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 OUTPUT = {"--log", "--events", "--events-blocks", "--quiet"}
@@ -57,6 +58,7 @@ ENGINE = {
 SNAPSHOT = {
     "run": {"--system", "--raw", "--timeline", "--json", "--help"} | OUTPUT | SAMPLING | ENGINE,
     "chat": {"--system", "--url", "--api-key", "--model", "--help"} | OUTPUT | SAMPLING | ENGINE,
+    "serve": {flag_of(name) for name, _ in setting_fields()} | {"--help", "--quiet", "--seed"} | ENGINE,
     "pull": {"--json", "--quiet", "--help"},
     "doctor": {"--json", "--help"},
     "capacity": {

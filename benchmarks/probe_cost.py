@@ -69,7 +69,7 @@ def main() -> None:
     for side, value in report["processor_us_per_token"].items():
         print(f"{side:<24}{value:>10}")
     print(
-        f"the probe: {report['overhead_percent']:+.2f} %, upper 95 % bound {report['overhead_upper95_percent']:+.2f} %\n"
+        f"the probe: {report['overhead_percent']:+.2f} %, 95 % bound {report['overhead_upper95_percent']:+.2f} %\n"
         f"same arm twice: {report['same_arm_percent']:+.2f} %, upper {report['same_arm_upper95_percent']:+.2f} %\n"
         f"inside the probe's calls alone: {report['inside_percent']:.3f} % ({args.pairs} pairs each, measured)"
     )

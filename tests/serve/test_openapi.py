@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -102,3 +103,12 @@ def test_answers_are_as_documented(tiny: Live) -> None:
     assert validator("ErrorReply").is_valid(tiny.complete("").json())
     assert validator("ModelsReply").is_valid(tiny.http.get("/v1/models").json())
     assert validator("TokenizeReply").is_valid(tiny.ask("/tokenize", {"prompt": "x"}).json())
+
+
+@pytest.mark.parametrize("page", ["server.md", "server.zh.md"])
+def test_the_pages_name_every_field(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    for kind in (protocol.ChatRequest, protocol.CompletionRequest):
+        for name in kind.__struct_fields__:
+            assert f"`{name}`" in text or f"`{name}:" in text, name
+    assert all(status in text for status in REFUSALS)

@@ -52,16 +52,12 @@ class Step:
 
     event: StepEvent
     end_ns: int
-    members: list[Member] = field(default_factory=list)
+    members: dict[str, Member] = field(default_factory=dict)  # by path
 
     @property
     def start_ns(self) -> int:
         """Its launch."""
         return self.event.ts_ns
-
-    def has(self, name: str) -> bool:
-        """Whether the path of this name ran in it."""
-        return any(member.name == name for member in self.members)
 
     def within(self, start_ns: int, end_ns: int) -> int:
         """How much of it lies in [start_ns, end_ns)."""
@@ -171,9 +167,9 @@ class _Replayer:
         step.end_ns = max(step.end_ns, event.ts_ns)
         if event.stage.startswith("prefill"):
             path.timeline.prefill_runs.append(Run(step.start_ns, event.ts_ns, event.tokens, event.epoch))
-            step.members.append(Member(path.name, event.tokens, event.seq))
-        elif not step.has(path.name):
-            step.members.append(Member(path.name, 0, event.seq))
+            step.members[path.name] = Member(path.name, event.tokens, event.seq)
+        else:
+            step.members.setdefault(path.name, Member(path.name, 0, event.seq))
 
     def _mark(self, timeline: Timeline, event: RequestEvent) -> None:
         stage, at_ns = event.stage, event.ts_ns

@@ -57,7 +57,7 @@ def check_steps(found: Replay) -> None:
     """Each step's members are those it ran: the batch is complete and its prompt tokens add up."""
     for step in found.steps:
         assert len(step.members) == step.event.batch_size
-        assert sum(member.prefill_tokens for member in step.members) == step.event.prefill_tokens
+        assert sum(member.prefill_tokens for member in step.members.values()) == step.event.prefill_tokens
         assert step.end_ns > step.start_ns
 
 
@@ -79,7 +79,7 @@ def test_live_requests_are_those_that_hold_blocks(tmp_path: Path) -> None:
     prefilling = levels(holding_changes(list(found.paths.values()), prefilling=True))
     at = [step.start_ns for step in found.steps]
     assert counted == [(level_at(live, moment), level_at(prefilling, moment)) for moment in at]
-    assert len({pair for pair in counted}) > 2 and live[-1].amount == prefilling[-1].amount == 0
+    assert len(set(counted)) > 2 and live[-1].amount == prefilling[-1].amount == 0
     end_ns = found.recording.end_ns
     assert 0 < (time_mean(prefilling, 0, end_ns) or 0) < (time_mean(live, 0, end_ns) or 0) < 5
 

@@ -1,0 +1,152 @@
+"""Diagnosis: what a request, a window or a run spent its time on, and on whose account.
+
+What it is: the pieces of `attribution.py` summed up, a verdict, the evidence rows behind
+it, and what would refute it. What it knows nothing about: how to mend anything, prose.
+Invariants: confidence is a plain share of time; a healthy run has no dominant cause; where
+two causes are of one size both are named; each evidence row carries its record's number.
+
+The verdict is one rule. A delay counts from DELAY_SHARE of the time on; a request's own prefill, which it cannot
+do without, and a decode slower than the run's fastest from OWN_SHARE on. The largest that counts is dominant
+unless another that counts has at least MIXTURE of its time: then it is a mixture of these.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.observe.attribution import CLASSES, WORK, Attribution, Piece
+from nanovllm.observe.paths import Replay, RequestPath
+from nanovllm.observe.perfetto import stage_spans
+
+DELAY_SHARE, OWN_SHARE, MIXTURE = 0.25, 0.5, 0.5
+OWN = ("prefill", "decode")
+MOST_ROWS, MOST_CULPRITS, MOST_OUTLIERS = 5, 3, 3
+DOMINANT, MIXED, HEALTHY = "dominant cause", "mixture", "no dominant cause"
+
+
+def diagnose(
+    run: Replay, *, request: str | None = None, from_ns: int | None = None, to_ns: int | None = None
+) -> dict[str, Any]:
+    """The diagnosis of one request, of the window [from, to) in nanoseconds after the start, or of the whole run.
+
+    Raises InvalidRequestError on a request that the run does not have and on an empty window.
+    """
+    attribution, start_ns = Attribution(run), run.recording.start_ns
+    if request is not None and request not in run.paths:
+        raise InvalidRequestError(f"The recording has no request {request!r}.", param="request")
+    window = (start_ns + (from_ns or 0), run.recording.end_ns if to_ns is None else start_ns + to_ns)
+    if window[1] <= window[0] and run.paths:
+        raise InvalidRequestError("The window is empty.", param="from", hint="--from must lie before --to.")
+    names = [request] if request is not None else list(run.paths)
+    found = _judge(attribution, names, window)
+    scope = {"request": request, "from_ns": window[0] - start_ns, "to_ns": window[1] - start_ns}
+    document = {"label": run.recording.label, "scope": scope, **found, "remarks": run.recording.remarks}
+    return document if request is not None else {**document, "outliers": _outliers(attribution, window, found)}
+
+
+def _judge(attribution: Attribution, names: list[str], window: tuple[int, int]) -> dict[str, Any]:
+    pieces = [piece for name in names for piece in _clipped(attribution.pieces[name], window)]
+    times = Counter[str]()
+    for piece in pieces:
+        times[piece.cause] += piece.end_ns - piece.start_ns
+    total_ns = sum(times.values())
+    ranked = [(cause, ns) for cause, ns in times.most_common() if cause != WORK]
+    count = [(cause, ns) for cause, ns in ranked if ns >= total_ns * (OWN_SHARE if cause in OWN else DELAY_SHARE)]
+    largest_ns = count[0][1] if count else 0
+    named = [cause for cause, ns in count if ns >= largest_ns * MIXTURE]
+    return {
+        "requests": len(names),
+        "total_ns": total_ns,
+        "verdict": HEALTHY if not named else DOMINANT if len(named) == 1 else MIXED,
+        "dominant_stage": _dominant_stage(attribution.run, names, window),
+        "work_share": _share(times[WORK], total_ns),
+        "causes": [_cause(attribution, cause, ns, total_ns, pieces, cause in named) for cause, ns in ranked],
+    }
+
+
+def _cause(
+    attribution: Attribution, cause: str, ns: int, total_ns: int, pieces: list[Piece], named: bool
+) -> dict[str, Any]:
+    """One cause: its time, whose doing it was, and for those that are named the records that tell it."""
+    own = sorted((p for p in pieces if p.cause == cause), key=lambda p: p.start_ns - p.end_ns)
+    behind = Counter[str]()
+    for piece in own:
+        for name in piece.behind:
+            behind[name] += piece.end_ns - piece.start_ns
+    return {
+        "cause": cause,
+        "class": CLASSES[cause],
+        "time_ns": ns,
+        "share": _share(ns, total_ns),
+        "is_named": named,
+        "behind": [{"request": name, "time_ns": time} for name, time in behind.most_common(MOST_CULPRITS)],
+        "evidence": _evidence(attribution, own) if named else [],
+    }
+
+
+def _evidence(attribution: Attribution, pieces: list[Piece]) -> list[dict[str, Any]]:
+    """The records that tell the most of a cause's time."""
+    times = Counter[int]()
+    for piece in pieces:
+        times[piece.seq] += piece.end_ns - piece.start_ns
+    wanted = dict(times.most_common(MOST_ROWS))
+    events = {event.seq: event for event in attribution.run.recording.events if event.seq in wanted}
+    rows = []
+    for seq, ns in wanted.items():
+        event = events[seq]
+        told = {name: value for name, value in event._asdict().items() if name not in ("seq", "ts_ns", "block_ns")}
+        holders = attribution.holders(event.ts_ns) if told.get("need_blocks") else {}
+        largest = dict(sorted(holders.items(), key=lambda pair: -pair[1])[:MOST_CULPRITS])
+        at_ns = event.ts_ns - attribution.run.recording.start_ns
+        rows.append({"record": seq, "at_ns": at_ns, "explains_ns": ns, "told": told, "blocks_held": largest})
+    return rows
+
+
+def _outliers(attribution: Attribution, window: tuple[int, int], whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """The slowest to their first token whose own diagnosis is another one than the whole's."""
+    paths = [path for path in attribution.run.paths.values() if path.timeline.ttft_ns is not None]
+    slowest = sorted(paths, key=lambda path: -(path.timeline.ttft_ns or 0))[: 4 * MOST_OUTLIERS]
+    found = []
+    for path in slowest:
+        own = _judge(attribution, [path.name], window)
+        named, of_whole = _named(own), _named(whole)
+        if named and not set(named) & set(of_whole):
+            share = next(cause["share"] for cause in own["causes"] if cause["is_named"])
+            found.append({"request": path.name, "ttft_ns": path.timeline.ttft_ns, "causes": named, "share": share})
+    return found[:MOST_OUTLIERS]
+
+
+def _named(found: dict[str, Any]) -> list[str]:
+    return [cause["cause"] for cause in found["causes"] if cause["is_named"]]
+
+
+def _clipped(pieces: Iterable[Piece], window: tuple[int, int]) -> list[Piece]:
+    cut = [p._replace(start_ns=max(p.start_ns, window[0]), end_ns=min(p.end_ns, window[1])) for p in pieces]
+    return [piece for piece in cut if piece.end_ns > piece.start_ns]
+
+
+def _dominant_stage(run: Replay, names: list[str], window: tuple[int, int]) -> dict[str, Any] | None:
+    """The term of design section 4 that took most of the time; None where nobody came that far."""
+    times = Counter[str]()
+    for name in names:
+        for stage, start_ns, end_ns in _stages(run.paths[name]):
+            times[stage] += max(0, min(end_ns, window[1]) - max(start_ns, window[0]))
+    total_ns = sum(times.values())
+    if not total_ns:
+        return None
+    stage, ns = times.most_common(1)[0]
+    return {"stage": stage, "time_ns": ns, "share": _share(ns, total_ns)}
+
+
+def _stages(path: RequestPath) -> list[tuple[str, int, int]]:
+    """The terms, and for a request that was never launched its wait."""
+    if path.timeline.launch_ns is not None or not path.waits:
+        return stage_spans(path)
+    return [("T_queue", path.timeline.arrival_ns, path.waits[-1].end_ns)]
+
+
+def _share(ns: int, total_ns: int) -> float:
+    return round(ns / total_ns, 4) if total_ns else 0.0

@@ -28,6 +28,7 @@ from nanovllm.cli.run import run
 from nanovllm.cli.serve import EXAMPLES as SERVE_EXAMPLES
 from nanovllm.cli.serve import serve
 from nanovllm.cli.terminal import harmless, make_streams_lenient
+from nanovllm.cli.trace import trace
 from nanovllm.errors import NanoVLLMError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -95,6 +96,7 @@ app.command(epilog=DOCTOR_EXAMPLES)(doctor)
 app.command(epilog=CAPACITY_EXAMPLES)(capacity)
 app.command(epilog=PROBE_EXAMPLES)(probe)
 app.add_typer(bench, name="bench")
+app.add_typer(trace, name="trace")
 
 
 def _show_version(wanted: bool) -> None:

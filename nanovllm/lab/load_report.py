@@ -17,17 +17,14 @@ objective on it; an answer without any text has no TTFT and misses every objecti
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanovllm.errors import InvalidRequestError
 from nanovllm.lab.outcome import Outcome
 from nanovllm.observe.statistics import distribution
 from nanovllm.observe.statistics import meets as meets_objectives
 
-OBJECTIVES = ("ttft", "tpot", "e2e")
 LATE_MS, BUSY_SHARE = 10.0, 0.8  # beyond either, the client is what was measured
 
 
@@ -96,22 +93,6 @@ def latencies(completed: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
         "itl": distribution([gap for o in completed for gap in o.gaps_ns]),
         "e2e": distribution([o.e2e_ns for o in completed if o.e2e_ns is not None]),
     }
-
-
-def parse_slo(given: Sequence[str]) -> dict[str, float]:
-    """`["ttft:500", "tpot:50"]` as a mapping, in milliseconds. Raises InvalidRequestError."""
-    found: dict[str, float] = {}
-    for text in given:
-        name, _, limit = text.partition(":")
-        try:
-            limit_ms = float(limit)
-        except ValueError:
-            limit_ms = 0.0
-        if name not in OBJECTIVES or not 0 < limit_ms < math.inf or name in found:
-            hint = "Write ttft, tpot or e2e and milliseconds, each once: --slo ttft:500 --slo tpot:50."
-            raise InvalidRequestError(f"slo cannot be read from {text[:40]!r}.", param="slo", hint=hint)
-        found[name] = limit_ms
-    return found
 
 
 def goodput(completed: Sequence[Outcome], slo_ms: Mapping[str, float], duration_s: float) -> dict[str, Any] | None:

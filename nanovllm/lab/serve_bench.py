@@ -22,8 +22,9 @@ from nanovllm.lab import load, prompts
 from nanovllm.lab.address import Address
 from nanovllm.lab.arrivals import arrival_times_ns
 from nanovllm.lab.client import first_model
-from nanovllm.lab.load_report import parse_slo, report
+from nanovllm.lab.load_report import report
 from nanovllm.lab.outcome import judge
+from nanovllm.observe.statistics import parse_slo
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 DEFAULT_REQUESTS, DEFAULT_INPUT_LEN = 100, 128

@@ -62,6 +62,23 @@ def latencies_ns(timeline: Timeline) -> dict[str, float | None]:
     return {"ttft": timeline.ttft_ns, "tpot": 0.0 if one_token else tpot, "e2e": timeline.end_to_end_ns}
 
 
+def request_row(path: RequestPath) -> dict[str, Any]:
+    """One request as plain data: its terms in nanoseconds, lengths, end, and the numbers of its records."""
+    gaps = path.timeline.decode_gaps_ns
+    return {
+        "request": path.name,
+        "prompt_len": path.prompt_len,
+        "cached_tokens": path.cached_tokens,
+        "generated_len": path.generated_len,
+        "end": path.end or "unfinished",
+        **path.timeline.as_dict(),
+        "tpot_ns": tpot_ns(gaps),
+        "jitter_ns": jitter_ns(gaps),
+        "held_ns": sum(span.length_ns for span in path.holds),
+        "records": [event.seq for event in path.events],
+    }
+
+
 def summary(run: Replay, slo_ms: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Everything that is computed from one run. Latencies are those of completed requests."""
     recording, paths = run.recording, list(run.paths.values())

@@ -24,6 +24,10 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
+from nanovllm.errors import InvalidRequestError
+
+OBJECTIVES = ("ttft", "tpot", "e2e")
+
 
 def percentile(ordered: Sequence[float], percent: int) -> float:
     """The smallest value that at least `percent` of a hundred values do not exceed (nearest rank)."""
@@ -60,6 +64,22 @@ def meets(latencies_ns: Mapping[str, float | None], slo_ms: Mapping[str, float])
     """Whether a request met every objective; a latency that it does not have misses its objective."""
     found = [(latencies_ns.get(name), limit_ms) for name, limit_ms in slo_ms.items()]
     return all(value is not None and value <= limit_ms * 1e6 for value, limit_ms in found)
+
+
+def parse_slo(given: Sequence[str]) -> dict[str, float]:
+    """`["ttft:500", "tpot:50"]` as a mapping, in milliseconds. Raises InvalidRequestError."""
+    found: dict[str, float] = {}
+    for text in given:
+        name, _, limit = text.partition(":")
+        try:
+            limit_ms = float(limit)
+        except ValueError:
+            limit_ms = 0.0
+        if name not in OBJECTIVES or not 0 < limit_ms < math.inf or name in found:
+            hint = "Write ttft, tpot or e2e and milliseconds, each once: --slo ttft:500 --slo tpot:50."
+            raise InvalidRequestError(f"slo cannot be read from {text[:40]!r}.", param="slo", hint=hint)
+        found[name] = limit_ms
+    return found
 
 
 def tail_ratio(values: Sequence[float]) -> float | None:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.lab.load import Exchange
-from nanovllm.lab.load_report import meets, parse_slo, report
+from nanovllm.lab.load_report import meets, report
 from nanovllm.lab.outcome import Outcome, judge
 from nanovllm.lab.streamed_answer import Usage
-from nanovllm.observe.statistics import distribution, percentile
+from nanovllm.observe.statistics import distribution, parse_slo, percentile
 from tests.lab.scripted_server import DONE, ROLE, event, piece, usage
 
 MS = 10**6

@@ -24,7 +24,7 @@ from nanovllm.serve.context import TICKET, Services, Ticket
 from nanovllm.serve.conversation import Conversation, encode_conversation
 from nanovllm.serve.decode import decode
 
-LARGE_BODY = 256 * 1024
+LARGE_BODY = 64 * 1024  # of many small values it takes 20 ms to decode and check
 RENDER_S = 1.0  # for a template and a short text
 BYTES_PER_S = 256 * 1024  # more time for more text; a tenth of what a tokenizer does
 Body = TypeVar("Body", bound=msgspec.Struct)

@@ -41,7 +41,8 @@ async def chat(request: Request) -> Answer:
     streaming, priority = streaming_of(body), priority_of(body, services)
     variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, template)
     ids, added = await encode_chat(services, _conversation(body, use, template, variables))
-    head = Head(name, params.n, use, services.engine.tokenizer, _logprobs(body), streaming.has_usage)
+    running = len(ids) if streaming.is_running else 0
+    head = Head(name, params.n, use, services.engine.tokenizer, _logprobs(body), streaming.has_usage, running)
     rendering = ChatStream(head) if streaming.is_stream else ChatWhole(head)
     order = Order(
         [Prompt(ids, added)], params, priority, body.cache_salt or "", name, blamed(use, body.response_format)

@@ -40,6 +40,7 @@ class Head:
     tokenizer: ChatTokenizer
     logprobs: int | None = None
     has_usage: bool = False
+    running_usage_of: int = 0  # the prompt's tokens, where each chunk tells the usage so far
     answer_id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -121,7 +122,13 @@ class ChatStream:
         self._samples = [Sample(head) for _ in range(head.n)]
         self._is_plain = head.logprobs is None and not head.use.is_offered
         self._frames = ChunkFrames(
-            head.answer_id, CHUNK_KIND, head.created, head.model, head.n, has_usage=head.has_usage
+            head.answer_id,
+            CHUNK_KIND,
+            head.created,
+            head.model,
+            head.n,
+            has_usage=head.has_usage,
+            prompt_tokens=[head.running_usage_of] * head.n if head.running_usage_of else (),
         )
         self._has_role = False
 
@@ -141,6 +148,7 @@ class ChatStream:
         return self._frames.usage(usage_of(finished)) + DONE if self._head.has_usage else DONE
 
     def _add(self, delta: Delta, frames: list[bytes]) -> None:
+        self._frames.count(delta.index, len(delta.token_ids))
         if self._is_plain and delta.finish_reason is None:  # the hot path: a token's text
             if delta.text:
                 frames.append(self._frames.chunk(delta.index, b'"delta":{"content":' + json_text(delta.text) + b"}"))

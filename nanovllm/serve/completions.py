@@ -46,7 +46,8 @@ async def completions(request: Request) -> Answer:
     prompts = [Prompt(await _encoded(prompt, services)) for prompt in given]
     tokenizer = services.engine.tokenizer
     echoes = [_echo(prompt, services) if body.echo else "" for prompt in given]
-    head = Head(name, params.n, echoes, tokenizer, body.logprobs, streaming.has_usage)
+    running = [len(prompt.token_ids) for prompt in prompts] if streaming.is_running else []
+    head = Head(name, params.n, echoes, tokenizer, body.logprobs, streaming.has_usage, running)
     rendering = TextStream(head) if streaming.is_stream else TextWhole(head)
     order = Order(prompts, params, priority, body.cache_salt or "", name, blamed(None, body.response_format))
     return Answer(services, ticket, order, rendering, streaming.is_stream)

@@ -54,6 +54,7 @@ class Streaming:
 
     is_stream: bool
     has_usage: bool
+    is_running: bool = False  # the usage so far in every chunk
 
 
 def served_names(services: Services) -> tuple[str, ...]:
@@ -87,7 +88,9 @@ def streaming_of(body: Sampling) -> Streaming:
     options = body.stream_options
     if options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true.", param="stream_options")
-    return Streaming(bool(body.stream), options is not None and bool(options.include_usage))
+    has_usage = options is not None and bool(options.include_usage)
+    is_running = options is not None and has_usage and bool(options.continuous_usage_stats)
+    return Streaming(bool(body.stream), has_usage, is_running)
 
 
 def sampling_params(

@@ -41,9 +41,13 @@ class Hints(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """`include_obfuscation` is accepted: nothing is padded either way."""
+    """`continuous_usage_stats` is vLLM's: with `include_usage`, each chunk tells its choice's usage so far.
+
+    `include_obfuscation` is accepted: nothing is padded either way.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 

@@ -34,6 +34,7 @@ class Head:
     tokenizer: ChatTokenizer
     logprobs: int | None = None
     has_usage: bool = False
+    running_usage_of: list[int] = field(default_factory=list)  # each prompt's tokens; none: no chunk tells it
     answer_id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -93,7 +94,13 @@ class TextStream:
     def __init__(self, head: Head) -> None:
         self._head = head
         self._frames = ChunkFrames(
-            head.answer_id, KIND, head.created, head.model, head.num_choices, has_usage=head.has_usage
+            head.answer_id,
+            KIND,
+            head.created,
+            head.model,
+            head.num_choices,
+            has_usage=head.has_usage,
+            prompt_tokens=[tokens for tokens in head.running_usage_of for _ in range(head.n)],
         )
         self._echoes = list(head.echoes) if any(head.echoes) else []
         self._logprobs = head.text_logprobs()
@@ -116,6 +123,7 @@ class TextStream:
         return self._frames.usage(usage_of(finished)) + DONE if self._head.has_usage else DONE
 
     def _add(self, choice: int, delta: Delta, frames: list[bytes]) -> None:
+        self._frames.count(choice, len(delta.token_ids))
         logprobs = None
         if self._head.logprobs is not None and delta.logprobs:
             logprobs = self._logprobs[choice].part(delta.logprobs)

@@ -90,6 +90,24 @@ def test_frames_are_rendered_whole() -> None:
     assert chunk["model"] == 'a "model"' and chunk["usage"] is None
 
 
+@pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": HI, "n": 2}), (TEXT, {"prompt": ["a", "a b"], "n": 2})])
+def test_the_usage_so_far_in_each_chunk(tiny: Live, path: str, body: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *parts, last = tiny.events(path, {**body, **GREEDY, "ignore_eos": True, "stream_options": options})[:-1]
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 24 * len({choice_of(p) for p in parts})
+    for index in {choice_of(part) for part in parts}:
+        found = [part["usage"] for part in parts if choice_of(part) == index]
+        counts = [usage["completion_tokens"] for usage in found]
+        assert counts == sorted(counts) and counts[0] < counts[-1] == 24
+        assert {u["total_tokens"] - u["completion_tokens"] for u in found} == {found[0]["prompt_tokens"]}
+    prompts = [next(p["usage"]["prompt_tokens"] for p in parts if choice_of(p) == i) for i in (0, 2) if path == TEXT]
+    assert sum(prompts) == (last["usage"]["prompt_tokens"] if path == TEXT else 0)
+
+
+def choice_of(part: dict[str, Any]) -> int:
+    return part["choices"][0]["index"]
+
+
 # -- answers without a server: streams that do what a test says ---------------------------------------
 
 

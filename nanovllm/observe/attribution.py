@@ -9,7 +9,7 @@ run's own fastest steps: nobody is to blame for it.
     queue       long_step intake batch_cap arrival_burst token_budget admission_cap policy head_of_line producer
                 not_told
     state       blocks_exhausted fragmentation reservation preemption state_load
-    execution   prefill prefill_of_others decode output
+    execution   prefill prefill_of_others decode uneven_steps output
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from nanovllm.core.events import WaitEvent
+from nanovllm.observe.pace import Pace
 from nanovllm.observe.paths import Replay, RequestPath, Span, Step
-from nanovllm.observe.statistics import percentile
 
 CLASSES = MappingProxyType(
     {
@@ -44,6 +44,7 @@ CLASSES = MappingProxyType(
         "prefill": "execution",
         "prefill_of_others": "execution",
         "decode": "execution",
+        "uneven_steps": "execution",
         "output": "execution",
     }
 )
@@ -91,8 +92,7 @@ class Attribution:
         self.heads = [t for t in told if t.event.reason not in ("producer", "preempted")]
         self.own = [t for t in told if t.event.reason in ("producer", "preempted")]
         self.step_starts = [step.start_ns for step in self.run.steps]
-        decodes = sorted(step.end_ns - step.start_ns for step in self.run.steps if not step.event.prefill_tokens)
-        self.pace_ns = percentile(decodes, 10) if decodes else None
+        self.pace = Pace(self.run.steps)
         self.busy = _busy_periods(self.run)
         self._holders: dict[int, dict[str, int]] = {}
         self.pieces = {name: list(self._life(path)) for name, path in self.run.paths.items()}
@@ -234,10 +234,17 @@ class Attribution:
             yield from _gap(start_ns, middle_ns, "prefill", seq)
             yield from _gap(middle_ns, end_ns, "prefill_of_others" if others else "prefill", seq, others)
         else:
-            pace_ns = end_ns - start_ns if self.pace_ns is None else int(self.pace_ns)
-            middle_ns = min(start_ns + pace_ns, end_ns)
-            yield from _gap(start_ns, middle_ns, WORK, seq)
-            yield from _gap(middle_ns, end_ns, "prefill_of_others" if others else "decode", seq, others)
+            yield from self._decoding(step, start_ns, end_ns, others)
+
+    def _decoding(self, step: Step, start_ns: int, end_ns: int, others: tuple[str, ...]) -> Iterator[Piece]:
+        """A decode: the run's best pace, then what the batch adds, then what this step alone took longer."""
+        best_ns = end_ns - start_ns if self.pace.best_ns is None else self.pace.best_ns
+        paced_ns = min(start_ns + best_ns, end_ns)
+        usual_ns = None if others else self.pace.usual_ns(step)
+        uneven_ns = end_ns if usual_ns is None else min(max(paced_ns, start_ns + usual_ns), end_ns)
+        yield from _gap(start_ns, paced_ns, WORK, step.event.seq)
+        yield from _gap(paced_ns, uneven_ns, "prefill_of_others" if others else "decode", step.event.seq, others)
+        yield from _gap(uneven_ns, end_ns, "uneven_steps", step.event.seq)
 
 
 def _gap(start_ns: int, end_ns: int, cause: str, seq: int, behind: tuple[str, ...] = ()) -> Iterator[Piece]:

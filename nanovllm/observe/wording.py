@@ -69,6 +69,10 @@ _PROSE = {
     "cause_prefill": ("computes its own prompt", "计算自己的提示（prefill）"),
     "cause_prefill_of_others": ("shares its steps with the prefill of others", "与其他请求的 prefill 共用 step"),
     "cause_decode": ("decodes slower than this run's fastest steps", "decode 慢于本次运行最快的 step"),
+    "cause_uneven_steps": (
+        "single steps take longer than those around them with the same batch",
+        "个别 step 比相邻且批大小相同的 step 更慢",
+    ),
     "cause_output": ("between steps: scheduling, hand-over, whoever reads", "step 之间：调度、移交、读取方"),
     # -- what would refute it ----------------------------------------------------------------------
     "refute_long_step": (
@@ -143,6 +147,10 @@ _PROSE = {
         "Run it alone: if TPOT stays, neither batch nor context length was the cause.",
         "单独运行：若 TPOT 不变，则不是批大小或上下文长度所致。",
     ),
+    "refute_uneven_steps": (
+        "Run the same again with nothing else on the machine: if the same steps are slow, it was not the machine.",
+        "在没有其他负载的机器上重复：若还是同样的 step 变慢，则不是机器所致。",
+    ),
     "refute_output": (
         "Run it with nobody reading (nanovllm run --quiet > /dev/null): if the time stays, it was not the reader.",
         "在无人读取时运行（nanovllm run --quiet > /dev/null）：若时间不变，则不是读取方所致。",
@@ -151,7 +159,7 @@ _PROSE = {
     "verdict_dominant cause": ("dominant cause", "主导原因"),
     "verdict_mixture": ("a mixture of causes", "多个原因混合"),
     "verdict_no dominant cause": ("no dominant cause", "没有主导原因"),
-    "scope_run": ("the whole run, {requests} requests", "整次运行，{requests} 个请求"),
+    "scope_run": ("the whole run (requests: {requests})", "整次运行（请求数 {requests}）"),
     "scope_request": ("request {request}", "请求 {request}"),
     "shares": (
         "Shares are of {total} ms of request time ({label}); {work} of it is decoding at the run's own best pace.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from nanovllm.observe.paths import Replay, replay
+from tests.engine.fakes import FakeStatePlane, Load
 from tests.engine.helpers import Bench, greedy, make_bench
 from tests.observe.recorded import recorded
 
@@ -41,6 +43,41 @@ def slow_hand_over(bench: Bench) -> None:
         return take(seq)
 
     bench.engine.book.take = slow  # type: ignore[method-assign]
+
+
+def slow_steps(bench: Bench) -> None:
+    """The machine is busy: every fourth step takes DELAY longer."""
+    launch, numbers = bench.runner.launch, count()
+
+    def slow(batch: Any) -> Any:
+        handle = launch(batch)
+        bench.clock.advance(DELAY if next(numbers) % 4 == 3 else 0)
+        return handle
+
+    bench.runner.launch = slow
+
+
+def slow_tokenizer(bench: Bench) -> None:
+    """A text takes ten times DELAY to become tokens."""
+    tokenizer = bench.engine.parts.tokenizer
+    encode = tokenizer.encode
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        bench.clock.advance(10 * DELAY)
+        return encode(*arguments, **options)
+
+    tokenizer.encode = slow  # type: ignore[method-assign]
+
+
+def slow_loads(bench: Bench) -> None:
+    """While state is being loaded, each look at it takes DELAY."""
+    step = bench.engine.step
+
+    def slow() -> Any:
+        bench.clock.advance(DELAY if bench.scheduler.loading else 0)
+        return step()
+
+    bench.engine.step = slow  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -91,7 +128,17 @@ ONE_CAUSE: dict[str, Built] = {
         [(0, request(0, 8, 40)), *every(30, 12, 200, 2, first=1, at_ms=3)], ("prefill_of_others",), request="r0"
     ),
     "decode": Built([(0, request(99, 4, 60)), *every(0, 24, 4, 60, at_ms=100)], ("decode",), request="r5"),
+    "uneven_steps": Built(ALONE, ("uneven_steps",), arrange=slow_steps),
     "output": Built(ALONE, ("output",), arrange=slow_hand_over),
+    "intake": Built(
+        [(at, {**one, "prompt": "eight by"}) for at, one in every(700, 4, 8, 20)], ("intake",), arrange=slow_tokenizer
+    ),
+    "state_load": Built(
+        every(900, 4, 40, 10),
+        ("state_load",),
+        {"kv": lambda device, runner: FakeStatePlane(device, lambda seq: Load(delay=15))},
+        arrange=slow_loads,
+    ),
     "long_step": Built([(0, request(0, 900, 2)), (MS, request(1, 4, 2))], ("long_step",), request="r1", behind="r0"),
     "producer": Built(
         [(0, request(0, 300, 4, prefix=296)), (0, request(1, 300, 4, prefix=296))],
@@ -106,6 +153,11 @@ TWO_CAUSES: dict[str, Built] = {
     "cap_and_prefill": Built(every(65, 6, 300, 10), ("prefill", "batch_cap"), {"max_num_seqs": 1}),
     "blocks_and_hand_over": Built(
         every(200, 4, 60, 12), ("output", "blocks_exhausted"), {"num_blocks": 20}, arrange=slow_hand_over
+    ),
+    "cap_and_blocks": Built(
+        [*every(15, 12, 8, 40), *every(20, 7, 60, 40, first=20, at_ms=3000)],
+        ("blocks_exhausted", "batch_cap"),
+        {"max_num_seqs": 2, "num_blocks": 28},
     ),
     "prefill_of_others_and_output": Built(
         [(0, request(0, 8, 20)), *every(60, 30, 260, 1, first=1, at_ms=3)],

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.core.events import WaitEvent
 from nanovllm.errors import InvalidRequestError
 from nanovllm.observe.attribution import CLASSES, WORK, Attribution
 from nanovllm.observe.diagnosis import DOMINANT, HEALTHY, MIXED, diagnose
@@ -47,7 +48,7 @@ def test_a_built_cause_is_named_with_its_evidence(name: str, tmp_path: Path) -> 
 
 def test_every_cause_is_built_once_and_can_be_told() -> None:
     built = {cause for workload in ONE_CAUSE.values() for cause in workload.causes}
-    assert set(CLASSES) - built == {"intake", "not_told", "state_load"}
+    assert set(CLASSES) - built == {"not_told"}
     for cause in CLASSES:
         assert f"cause_{cause}" in PROSE and f"refute_{cause}" in PROSE
 
@@ -80,6 +81,15 @@ def test_a_life_is_cut_without_gap_or_overlap(
     found = diagnose(run)
     shares = found["work_share"] + sum(cause["share"] for cause in found["causes"])
     assert shares == pytest.approx(1, abs=0.01)
+
+
+def test_a_wait_that_no_record_explains_is_not_explained(tmp_path: Path) -> None:
+    """The bus forgot the refusals: the wait is there, and nobody is blamed for it."""
+    ONE_CAUSE["batch_cap"].run(tmp_path)
+    recording = read_recording(tmp_path / "run.jsonl")
+    recording.events = [event for event in recording.events if not isinstance(event, WaitEvent)]
+    found = diagnose(replay(recording))
+    assert named(found) == ["not_told"] and found["causes"][0]["behind"] == []
 
 
 def test_a_window_is_judged_by_itself(tmp_path: Path) -> None:

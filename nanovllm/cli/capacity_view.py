@@ -18,15 +18,26 @@ LIMITS_NOTE = (
     "preempted. max_num_seqs (64 by default) and the watermark (1 % of the blocks) are limits of their own."
 )
 
-_COMPARED = {
-    "mean live": "mean_concurrency",
-    "most live": "max_concurrency",
+_COUNTS = {
+    "live requests, mean": "mean_concurrency",
+    "live requests, most": "max_concurrency",
     "ticks": "ticks",
     "failed admissions": "failed_admissions",
     "refused": "refused",
     "preempted": "preemptions",
 }
-_KINDS = ("used", "reserved", "internal", "external", "free")
+_SHARES = {
+    "used": ("used",),
+    "waste by reservation": ("reserved", "internal"),
+    "  filled later": ("reserved",),
+    "  internal fragmentation": ("internal",),
+    "external fragmentation": ("external",),
+    "free": ("free",),
+}
+LEGEND = (
+    "Shares of slots, means over the ticks at which somebody waits. Internal fragmentation: given out, never filled; "
+    "external: free, but in holes too short for the next request. Failed admissions: ticks at which it got no room."
+)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -45,18 +56,20 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 def _print_comparison(console: Console, found: Mapping[str, Any]) -> None:
     """The allocators side by side; shares are those of the ticks at which somebody waits."""
-    work = found["workload"]
+    work, rows = found["workload"], found["allocators"]
     title = f"{work['name']}, {work['requests']:,} requests, {found['capacity_tokens']:,} token slots (simulated)"
-    table = Table(box=None, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for name in ("", *_COMPARED, *_KINDS):
-        table.add_column(name, justify="right" if name else "left")
-    for row in found["allocators"]:
-        shares = row["shares_while_somebody_waits"] or row["shares"]
-        counts = [f"{row[key]:,.1f}" if isinstance(row[key], float) else f"{row[key]:,}" for key in _COMPARED.values()]
-        table.add_row(row["allocator"], *counts, *(f"{shares[kind]:.1%}" for kind in _KINDS))
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["allocator"], justify="right")
+    for name, key in _COUNTS.items():
+        table.add_row(name, *(f"{row[key]:,.1f}" if isinstance(row[key], float) else f"{row[key]:,}" for row in rows))
+    for name, kinds in _SHARES.items():
+        shares = (row["shares_while_somebody_waits"] or row["shares"] for row in rows)
+        table.add_row(name, *(f"{sum(share[kind] for kind in kinds):.1%}" for share in shares))
     console.print()
     console.print(table, soft_wrap=False)
-    console.print(escape(f"Shares of slots: means over the ticks at which somebody waits. {found['note']}."))
+    console.print(escape(f"{LEGEND} {found['note']}."))
 
 
 def _arithmetic(report: Mapping[str, Any]) -> list[tuple[str, str]]:

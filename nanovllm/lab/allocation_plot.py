@@ -38,21 +38,24 @@ def check_plot_path(path: Path) -> None:
 def plot(replays: Sequence[Replay], document: dict[str, Any], path: Path) -> None:
     """Draw to `path`. Raises ConfigError where it cannot be written."""
     check_plot_path(path)
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: F401  found where a window system is not
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    over_time, slots = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _concurrency(over_time, replays)
-    _slots(slots, replays)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "nanovllm"}):  # text stays text; same in, same out
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        over_time, slots = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _concurrency(over_time, replays)
+        _slots(slots, replays)
+        figure.suptitle(_title(document))
+        try:
+            figure.savefig(path, dpi=PNG_DPI, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        except OSError as error:
+            raise ConfigError(f"The plot {path} cannot be written: {error.strerror or error}.", param="plot") from error
+
+
+def _title(document: dict[str, Any]) -> str:
     work = document["workload"]
-    figure.suptitle(
-        f"{work['name']}, {work['requests']} requests, {document['capacity_tokens']:,} token slots (simulated)"
-    )
-    try:
-        figure.savefig(path, dpi=PNG_DPI, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    except OSError as error:
-        raise ConfigError(f"The plot {path} cannot be written: {error.strerror or error}.", param="plot") from error
+    return f"{work['name']}, {work['requests']} requests, {document['capacity_tokens']:,} token slots (simulated)"
 
 
 def _concurrency(axes: Axes, replays: Sequence[Replay]) -> None:
@@ -81,7 +84,7 @@ def _slots(axes: Axes, replays: Sequence[Replay]) -> None:
     rows = [one.summary() for one in replays]
     shares = [row["shares_while_somebody_waits"] or row["shares"] for row in rows]
     left = [0.0] * len(rows)
-    names = [row["allocator"] for row in rows]
+    names = [f"{row['allocator']}\n{row['failed_admissions']:,} failed admissions" for row in rows]
     for kind, colour, name in zip(KINDS, KIND_COLOURS, KIND_NAMES, strict=True):
         widths = [100 * share[kind] for share in shares]
         bars = axes.barh(names, widths, left=left, color=colour, edgecolor="white", label=name)
@@ -89,7 +92,7 @@ def _slots(axes: Axes, replays: Sequence[Replay]) -> None:
         left = [a + b for a, b in zip(left, widths)]
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of token slots, mean over the ticks at which somebody waits")
+    axes.set_xlabel("% of token slots while somebody waits, mean")
     axes.set_title("what the slots are used for")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.spines[["top", "right"]].set_visible(False)

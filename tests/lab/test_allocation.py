@@ -209,7 +209,12 @@ def test_the_plot_is_written(
     plot(replays, document, path)
     assert path.read_bytes().startswith(magic)
     if suffix == ".svg":
-        assert path.read_text().count("<!-- ") > 20 and "reserve-max" in path.read_text()
+        drawn = path.read_text()
+        assert all(f">{word}<" in drawn for word in (*RESERVATIONS[1:], "paged", "external fragmentation", "free"))
+        failed = [row["failed_admissions"] for row in document["allocators"]]
+        assert all(f">{count:,} failed admissions<" in drawn for count in failed) and "(simulated)" in drawn
+        plot(replays, document, path)
+        assert path.read_text() == drawn
 
 
 def test_a_plot_that_cannot_be_is_refused(

@@ -8,13 +8,16 @@ potential-overlap signal and not a realised gain, in the text and in the documen
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nanovllm.core.clock import Clock
 from nanovllm.errors import InvalidRequestError
-from nanovllm.observe.prefix_trace import block_tokens_of, probe_trace, read_prefix_trace
+from nanovllm.observe.prefix_trace import PrefixTraceWriter, block_tokens_of, probe_trace, read_prefix_trace
 from nanovllm.observe.probe import ALL, LABEL, STATEMENT, OverlapFigure, PrefixProbe
 
 EXAMPLES = """Examples:
@@ -24,6 +27,8 @@ EXAMPLES = """Examples:
   nanovllm probe mooncake_synthetic_trace.jsonl --block-size 512 --block-size 4096 --capacity 1000 --capacity 10000
 
   nanovllm probe --workload multi_turn --block-size 16 --block-size 64 --capacity 256
+
+  nanovllm probe --workload rag --record rag.jsonl
 
 FILE has one request a line: {"timestamp": ms, "input_length": tokens, "hash_ids": [...]}, as Mooncake's traces.
 """
@@ -62,6 +67,10 @@ def probe(
         int, _flag("--num-blocks", "Blocks of 16 in the engine's pool.", WORKLOAD, min=1, max=2**22)
     ] = 4096,
     seed: Annotated[int, _flag("--seed", "Same seed, same workload.", WORKLOAD, min=0, max=2**32)] = 0,
+    record: Annotated[
+        Path | None,
+        _flag("--record", "Write its prompts to this file as such a trace, without a token.", WORKLOAD, metavar="OUT"),
+    ] = None,
     as_json: Annotated[bool, _flag("--json", "Print one JSON document.")] = False,
 ) -> None:
     """Look at a trace, or a workload, through an observe-only prefix probe: potential overlap per block size and cache.
@@ -71,10 +80,12 @@ def probe(
     bounds: list[int | None] = [None, *(capacity or [])]
     if (file is None) == (workload is None):
         raise InvalidRequestError("Give a FILE, or --workload NAME.", param="file")
+    if record is not None and workload is None:
+        raise InvalidRequestError("record writes what a workload asks.", param="record", hint="Add --workload rag.")
     if workload is not None:
         shadow = PrefixProbe(block_size or [16], bounds)
         turned = {"seed": seed} | ({"sessions": sessions} if sessions else {})
-        source = _serve(workload, turned, num_blocks, shadow)
+        source = _serve(workload, turned, num_blocks, shadow, record)
     else:
         assert file is not None
         shadow, source = _replay(file, block_size, bounds, hash_block)
@@ -105,7 +116,9 @@ def _replay(
     return shadow, {"kind": "trace", **facts.as_dict(), "hash_block": unit}
 
 
-def _serve(name: str, turned: dict[str, Any], num_blocks: int, shadow: PrefixProbe) -> dict[str, Any]:
+def _serve(
+    name: str, turned: dict[str, Any], num_blocks: int, shadow: PrefixProbe, record: Path | None
+) -> dict[str, Any]:
     """A workload on a simulated engine with the probe beside it, and what the engine counted itself."""
     from nanovllm.lab.simulated import DEFAULT_MODE, simulated_engine
     from nanovllm.lab.workload_run import run_workload
@@ -114,7 +127,10 @@ def _serve(name: str, turned: dict[str, Any], num_blocks: int, shadow: PrefixPro
     plan = generate(name, **turned)
     engine = simulated_engine(num_blocks, block_size=16)
     engine.observers.add(shadow)
-    run = run_workload(engine, plan)
+    with _recorder(record, engine.clock) as recorder:
+        if recorder is not None:
+            engine.observers.add(recorder)
+        run = run_workload(engine, plan)
     return {
         "kind": "workload",
         "workload": name,
@@ -128,6 +144,20 @@ def _serve(name: str, turned: dict[str, Any], num_blocks: int, shadow: PrefixPro
         "skipped": len(run.skipped),
         "potential_cached_tokens": sum(final.potential_cached_tokens for final in run.finals.values()),
     }
+
+
+@contextmanager
+def _recorder(path: Path | None, clock: Clock) -> Iterator[PrefixTraceWriter | None]:
+    """Who writes the trace, while the file is open. Raises InvalidRequestError where it cannot be written."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be written: {error.strerror or error}.", param="record") from error
+    with file:
+        yield PrefixTraceWriter(file, clock)
 
 
 def _print(source: dict[str, Any], figures: list[OverlapFigure]) -> None:

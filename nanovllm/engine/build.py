@@ -97,7 +97,7 @@ def _build_runner(
         free_bytes=free_memory(device, config.gpu_memory_utilization),
         useful_tokens=useful,
     )
-    logger.info("%s", size)
+    logger.info("%s; prefix_mode %s", size, config.prefix_mode)
     return ModelRunner(model, DeviceTier(size, dtype, device), device), size
 
 

@@ -83,6 +83,7 @@ SNAPSHOT = {
         "--capacity",
         "--hash-block",
         "--workload",
+        "--record",
         "--sessions",
         "--num-blocks",
         "--seed",

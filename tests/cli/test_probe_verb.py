@@ -62,6 +62,24 @@ def test_namespaces_are_told_apart(nanovllm: Run) -> None:
     assert [figure["namespace"] for figure in report["figures"]] == [*(f"tenant-{i}" for i in range(4)), "*"]
 
 
+def test_a_recorded_workload_gives_the_figures_of_the_live_one(nanovllm: Run, tmp_path: Path) -> None:
+    """Per namespace, block size and cache; the prompts' tokens are not in the file."""
+    path = tmp_path / "tenants.jsonl"
+    sizes = ("--block-size", "16", "--block-size", "32", "--capacity", "64")
+    live = json.loads(nanovllm("probe", "--workload", "multi_tenant", *sizes, "--record", str(path), "--json").stdout)
+    again = json.loads(nanovllm("probe", str(path), *sizes, "--hash-block", "16", "--json").stdout)
+    assert again["figures"] == live["figures"] and len(again["figures"]) == 2 * 2 * 5
+    assert {frozenset(json.loads(line)) for line in path.read_text().splitlines()} == {
+        frozenset({"timestamp", "input_length", "hash_ids", "namespace"})
+    }
+
+
+@pytest.mark.parametrize("arguments", [("a.jsonl", "--record", "b.jsonl"), ("--workload", "rag", "--record", "a/b/c")])
+def test_what_cannot_be_recorded_is_refused(nanovllm: Run, arguments: tuple[str, ...]) -> None:
+    done = nanovllm("probe", *arguments)
+    assert done.returncode == 2 and "record" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [(), ("a.jsonl", "--workload", "rag")])
 def test_one_source_is_needed(nanovllm: Run, arguments: tuple[str, ...]) -> None:
     done = nanovllm("probe", *arguments)

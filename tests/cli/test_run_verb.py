@@ -24,7 +24,7 @@ def test_the_answer_alone_is_on_stdout(nanovllm: Run) -> None:
     document = json.loads(nanovllm(*TINY, "hello", "--max-tokens", "6", "--json", "--quiet").stdout)
     assert done.returncode == 0
     assert done.stdout == document["text"] + "\n"
-    assert "KV pool:" in done.stderr and "blocks" in done.stderr
+    assert "KV pool:" in done.stderr and "blocks" in done.stderr and "prefix_mode reuse" in done.stderr
     for term in ("TTFT", "T_queue", "T_intake", "T_state", "T_schedule", "T_prefill", "T_return", "T_stream"):
         assert re.search(rf"^ *{term} +[\d,.]+ ms  measured", done.stderr, re.MULTILINE), term
     assert re.search(r"^decode: 5 gaps, median [\d.,]+ ms, P99 [\d.,]+ ms, [\d.,]+ tokens/s", done.stderr, re.MULTILINE)

@@ -40,6 +40,7 @@ class Bar:
 ENGINE = "python benchmarks/engine.py"
 OVERHEAD = "python benchmarks/server_overhead.py"
 REJECTIONS = "python benchmarks/rejections.py"
+OBSERVED = "python benchmarks/observation_cost.py"
 BARS = (
     Bar(2, "one stream, decode, against transformers eager", ENGINE, "workloads.one_stream.ratio", ">=", 1.5),
     Bar(2, "32 concurrent, against transformers generate_batch", ENGINE, "workloads.concurrent_32.ratio", ">=", 4.0),
@@ -47,6 +48,9 @@ BARS = (
     Bar(3, "32 streams, the server's token rate over the offline engine's", OVERHEAD, "ratio", ">=", 0.85),
     Bar(3, "32 streams, event-loop lag P99, ms", OVERHEAD, "loop_lag_p99_ms", "<=", 50.0),
     Bar(3, "1,000 arrivals in a second, P99 of a refusal, ms", REJECTIONS, "refusal_p99_ms", "<=", 100.0),
+    Bar(
+        5, "observation on, processor-s per token, upper 95 % bound, %", OBSERVED, "overhead_upper95_percent", "<=", 3.0
+    ),
 )
 
 

@@ -20,6 +20,13 @@ each instance may name the parameter at fault and says how to mend it.
     ├── ExecutionError                500 execution_failed       a stage of a step failed
     ├── DeadlineError                 504 deadline_exceeded      it took longer than it was given
     ├── UnhealthyError                503 engine_unhealthy       the engine fails again and again, or is gone
+    ├── StateNotFoundError            404 state_not_found        no such state object, or not this tenant's
+    ├── StateConflictError            409 state_conflict         somebody else changed it first
+    ├── StateRefusedError             507 state_refused          the state plane has no room for it; has the receipt
+    ├── StateFolderError              409 state_folder           the folder is in use, of another schema, or no folder
+    ├── StateBundleError              400 state_bundle_invalid   exported state that does not verify
+    ├── TierError                     503 tier_failed            a tier of the state plane failed; serving goes on
+    │   └── TierFullError             507 tier_full              it has no room
     ├── BusyError                     503 server_overloaded      no room now; says when to come again
     │   ├── RateLimitError            429 rate_limit_exceeded    this tenant's share is used up
     │   └── DrainingError             503 draining               shutting down, or not started yet
@@ -140,6 +147,55 @@ class RemoteError(NanoVLLMError):
     def __init__(self, message: str, *, code: str, status: int = 502, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.status, self.code = status, code
+
+
+class StateNotFoundError(NanoVLLMError, KeyError):
+    """No state object has this id or name within the caller's namespace; whether another tenant has one is not told."""
+
+    status, code = 404, "state_not_found"
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return self.args[0]
+
+
+class StateConflictError(NanoVLLMError):
+    """The object changed since the caller read it."""
+
+    status, code = 409, "state_conflict"
+
+
+class StateRefusedError(NanoVLLMError):
+    """State could not be kept as asked. `receipt` says why, with the candidates that had to stay."""
+
+    status, code = 507, "state_refused"
+
+    def __init__(self, message: str, *, receipt: object = None, param: str | None = None, hint: str | None = None):
+        super().__init__(message, param=param, hint=hint)
+        self.receipt = receipt
+
+
+class StateFolderError(NanoVLLMError):
+    """A state folder cannot be opened: another process owns it, a newer version wrote it, or it is no folder."""
+
+    status, code = 409, "state_folder"
+
+
+class StateBundleError(NanoVLLMError, ValueError):
+    """Exported state is damaged, truncated or of another version; nothing of it was taken in."""
+
+    status, code = 400, "state_bundle_invalid"
+
+
+class TierError(NanoVLLMError):
+    """A tier failed to read or write. The state plane turns it into a miss or a refusal and counts it."""
+
+    status, code = 503, "tier_failed"
+
+
+class TierFullError(TierError):
+    """A tier has no room: its quota, the disk or the server's memory is used up."""
+
+    status, code = 507, "tier_full"
 
 
 class BusyError(NanoVLLMError):

@@ -1,0 +1,93 @@
+"""The border of the state plane: what may be put, how it may be called, and what is imported for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.state.objects import Metadata, check_state_id, check_tokens, new_state_id
+from nanovllm.state.receipts import PER_OBJECT, History, Receipt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_state_plane_needs_neither_torch_nor_an_engine() -> None:
+    code = """
+import pkgutil, importlib, sys
+import nanovllm.state
+for module in pkgutil.walk_packages(nanovllm.state.__path__, "nanovllm.state."):
+    importlib.import_module(module.name)
+heavy = [name for name in sys.modules if name.split(".")[0] in ("torch", "numpy", "transformers")]
+heavy += [name for name in sys.modules if name.startswith(("nanovllm.engine", "nanovllm.models", "nanovllm.kernels"))]
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_ids_are_random_and_told_by_their_form() -> None:
+    ids = {new_state_id() for _ in range(1000)}
+    assert len(ids) == 1000 and all(check_state_id(state_id) == state_id for state_id in ids)
+    for bad in ("", "x" * 32, "A" * 32, "0" * 31, "0" * 33, "../" + "0" * 29, None, 7, b"0" * 32):
+        with pytest.raises(InvalidRequestError, match="32 hex digits"):
+            check_state_id(bad)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kind", "index"),
+        ("kind", 3),
+        ("name", ""),
+        ("name", "a" * 129),
+        ("name", "a@b"),
+        ("name", "a\nb"),
+        ("name", "\ud800"),
+        ("namespace", "a/b"),
+        ("namespace", "a\\b"),
+        ("namespace", "nul\0"),
+        ("namespace", None),
+        ("ttl", 0),
+        ("ttl", -1),
+        ("ttl", float("nan")),
+        ("ttl", float("inf")),
+        ("ttl", True),
+        ("ttl", "5"),
+        ("durable", "yes"),
+        ("version", "1"),
+        ("colour", "blue"),
+    ],
+)
+def test_metadata_is_refused_by_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Metadata.of({field: value})
+    assert field in caught.value.message or field in (caught.value.param or "")
+
+
+@given(st.text(min_size=1, max_size=128))
+def test_a_name_is_either_kept_as_it_is_or_refused(name: str) -> None:
+    try:
+        assert Metadata.of({"name": name}).name == name
+    except InvalidRequestError as error:
+        assert error.param == "name"
+
+
+def test_tokens_are_integers() -> None:
+    assert check_tokens([0, 5]) == (0, 5)
+    for bad in (True, -1, 2**31, 1.0, "1", None):
+        with pytest.raises(InvalidRequestError, match="token id"):
+            check_tokens([bad])
+
+
+def test_a_history_is_bounded_and_says_what_it_forgot() -> None:
+    history = History()
+    for _ in range(PER_OBJECT + 5):
+        history.add(Receipt(history.next_seq(), "pin", True, "asked"), ["a"])
+    kept, forgotten = history.of("a")
+    assert len(kept) == PER_OBJECT and forgotten == 5 and kept[-1].seq == PER_OBJECT + 5
+    assert history.of("b") == ((), 0)

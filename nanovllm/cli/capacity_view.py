@@ -126,7 +126,7 @@ def _block_sizes(report: Mapping[str, Any]) -> Table:
     shares = "sharing" in report
     names = ["block size", "blocks", "blocks a request", "empty slots", "fit after prefill", "fit at end", "used"]
     table = Table(box=None, padding=(0, 1, 0, 0), title="by block size (estimated)", title_justify="left")
-    for name in [*names, *(["fit at end, shared (potential)"] if shares else [])]:
+    for name in [*names, *(["potential at end, shared"] if shares else [])]:
         table.add_column(name, justify="right")
     for row in report["block_sizes"]:
         numbers = [row[key] for key in ("block_size", "num_blocks", "blocks_per_request", "empty_slots")]

@@ -8,6 +8,7 @@ each instance may name the parameter at fault and says how to mend it.
     NanoVLLMError                     500 internal_error
     ├── InvalidRequestError           400 invalid_request        a request's field is off
     │   ├── RecordingError            400 recording_invalid      a recorded run cannot be read; names the line
+    │   ├── BundleError               400 bundle_invalid         a folder is no bundle, or one that must be kept
     │   ├── ContextLengthError        400 context_length_exceeded  it can never fit
     │   └── UnsupportedParameterError 400 unsupported_parameter  a field this package, or this model, does not know
     ├── ConfigError                   400 invalid_config         an engine setting is off
@@ -59,6 +60,12 @@ class RecordingError(InvalidRequestError):
     """A recorded run cannot be read: there is no such file, or a line of it is not a record."""
 
     code = "recording_invalid"
+
+
+class BundleError(InvalidRequestError):
+    """A folder holds no bundle that can be read, or one that must not be written into."""
+
+    code = "bundle_invalid"
 
 
 class ContextLengthError(InvalidRequestError):

@@ -21,6 +21,7 @@ from nanovllm.cli.capacity import capacity
 from nanovllm.cli.chat import chat
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.flags import flag_of
+from nanovllm.cli.lab import lab
 from nanovllm.cli.probe import EXAMPLES as PROBE_EXAMPLES
 from nanovllm.cli.probe import probe
 from nanovllm.cli.pull import pull
@@ -97,6 +98,7 @@ app.command(epilog=CAPACITY_EXAMPLES)(capacity)
 app.command(epilog=PROBE_EXAMPLES)(probe)
 app.add_typer(bench, name="bench")
 app.add_typer(trace, name="trace")
+app.add_typer(lab, name="lab")
 
 
 def _show_version(wanted: bool) -> None:

@@ -114,16 +114,32 @@ SNAPSHOT = {
         "--json",
         "--help",
     },
+    "trace record": {"--sessions", "--concurrency", "--rate", "--length", "--output-len", "--seed", "--help"}
+    | OUTPUT
+    | ENGINE,
     "trace show": {"--request", "--slo", "--json", "--lang", "--help"},
     "trace export": {"--perfetto", "--mermaid", "--svg", "--request", "--lang", "--help"},
     "trace compare": {"--slo", "--force", "--json", "--lang", "--help"},
     "trace diagnose": {"--request", "--from", "--to", "--json", "--lang", "--help"},
+    "lab run": {
+        "--lang",
+        "--model",
+        "--num-threads",
+        "--observer",
+        "--out",
+        "--quick",
+        "--repeats",
+        "--seed",
+        "--simulated",
+        "--help",
+    },
+    "lab check": {"--submission", "--json", "--lang", "--help"},
 }
 
 
 def options(help_text: str) -> set[str]:
     """The flags of the tables, not those of the examples."""
-    return set(re.findall(r"^│ (--[a-z-]+)", help_text, re.MULTILINE))
+    return set(re.findall(r"^│ (?:\*? +)?(--[a-z-]+)", help_text, re.MULTILINE))  # a star: it must be given
 
 
 def test_verbs(command: Run) -> None:

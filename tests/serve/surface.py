@@ -1,10 +1,8 @@
-"""A live server in a thread, and what tests of its surface ask it."""
+"""An HTTP client of a live server, with what tests of its surface ask."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,24 +12,26 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from nanovllm.config import EngineConfig
-from nanovllm.serve.app import build_services
-from nanovllm.serve.config import Limits, ServerConfig
 from nanovllm.serve.context import Services
-from nanovllm.serve.listener import bind
-from nanovllm.serve.run import HttpServer
+from tests.serve.servers import ASK_S, LiveServer, running
 
-START_S, STOP_S, ASK_S = 120, 30, 60
 HI = [{"role": "user", "content": "hi"}]
 
 
 @dataclass
 class Live:
-    """A running server: `ask` it over HTTP, look at it through `services`."""
+    """`ask` the server over HTTP, look at it through `services`."""
 
-    url: str
-    services: Services
+    server: LiveServer
     http: httpx.Client
+
+    @property
+    def url(self) -> str:
+        return self.server.server.url
+
+    @property
+    def services(self) -> Services:
+        return self.server.services
 
     def ask(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
         if isinstance(body, bytes):
@@ -54,49 +54,24 @@ class Live:
         data = [line.removeprefix("data: ") for line in lines]
         return [json.loads(one) if one != "[DONE]" else one for one in data]
 
-    def is_alive(self) -> bool:
-        """Normal requests succeed, nothing runs, no block is held."""
-        for _ in range(3):
-            assert self.chat(max_tokens=2).status_code == 200
-        assert self.http.get("/health/ready").status_code == 200
-        return self.services.engine.num_live == 0 and self.services.admission.in_flight == 0
-
 
 @contextmanager
-def live_server(model: str, *, server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Live]:
-    services = build_services(EngineConfig(model=model, **engine), ServerConfig(port=0, **(server or {})), Limits())
-    http = HttpServer(services, bind(services.config))
-    ready, failures = threading.Event(), []
-
-    def run() -> None:
-        try:
-            asyncio.run(http.run(ready.set))
-        except Exception as error:  # noqa: BLE001  shown by the test
-            failures.append(error)
-            ready.set()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert ready.wait(START_S) and not failures, failures
-    try:
-        with httpx.Client(base_url=http.url, timeout=ASK_S) as client:
-            yield Live(http.url, services, client)
-    finally:
-        http.stop()
-        thread.join(STOP_S)
-        assert not thread.is_alive() and not failures, failures
+def live_server(**settings: Any) -> Iterator[Live]:
+    """A server of its own with these settings, and a client of it."""
+    with running(**settings) as server, httpx.Client(base_url=server.server.url, timeout=ASK_S) as client:
+        yield Live(server, client)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Iterator[Live]:
     """tiny:random in float32, its namespace bare: ~1 ms a token."""
-    with live_server("tiny:random", dtype="float32", num_blocks=1024, check_invariants=True) as live:
+    with live_server(num_blocks=1024, check_invariants=True) as live:
         yield live
 
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> Iterator[Live]:
     """The default model."""
-    server = {"served_model_name": ("smollm2", "smol")}
-    with live_server(str(smollm2_path), server=server, dtype="float32", num_blocks=512, max_model_len=2048) as live:
+    names = ("smollm2", "smol")
+    with live_server(model=str(smollm2_path), served_model_name=names, num_blocks=512, max_model_len=2048) as live:
         yield live

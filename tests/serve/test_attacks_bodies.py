@@ -13,6 +13,7 @@ import pytest
 
 from nanovllm.serve import replies
 from tests.serve.covering import covering_array
+from tests.serve.servers import assert_alive
 from tests.serve.surface import HI, Live
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -241,4 +242,4 @@ def test_every_pair_of_sampling_fields_works(tiny: Live) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def well_afterwards(tiny: Live) -> Iterator[None]:
     yield
-    assert tiny.is_alive()
+    assert_alive(tiny.server)

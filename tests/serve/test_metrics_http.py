@@ -32,10 +32,10 @@ def live(exporter: InMemorySpanExporter) -> Iterator[Live]:
         assert config.otlp_endpoint == "http://127.0.0.1:9"
         return Traces(Tracer(exporter, service={"service.name": "test"}))
 
-    server = {"metrics_prefix": "vllm", "served_model_name": ("tiny", "alias"), "otlp_endpoint": "http://127.0.0.1:9"}
+    settings = {"metrics_prefix": "vllm", "served_model_name": ("tiny", "alias"), "otlp_endpoint": "http://127.0.0.1:9"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "open_traces", traced)
-        with live_server("tiny:random", server=server, dtype="float32", num_blocks=256) as live:
+        with live_server(num_blocks=256, **settings) as live:
             yield live
 
 

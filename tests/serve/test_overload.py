@@ -8,13 +8,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx2 as httpx
 import psutil
 import pytest
 
-from nanovllm.engine.links import ThreadLink
-from nanovllm.engine.llm_engine import LLMEngine
+from tests.serve.breakable import FAULTY, STALLING, breakable
+from tests.serve.servers import LiveServer, assert_alive, read_head, until
 from tests.serve.surface import Live, live_server
 
 QUEUE, RUNNING, ARRIVALS = 128, 8, 1000
@@ -25,21 +26,9 @@ ASKERS = 16
 def small() -> Iterator[Live]:
     """A server with a short queue. Plain kernels: oneDNN keeps a primitive for each new shape, up to its own bound."""
     server = {"max_queued_requests": QUEUE, "queue_timeout": 240.0, "shutdown_timeout": 5.0, "max_queued_tokens": 10**6}
-    engine = {
-        "dtype": "float32",
-        "num_blocks": 1024,
-        "max_num_seqs": RUNNING,
-        "event_capacity": 1024,
-        "kernels": "reference",
-    }
-    with live_server("tiny:random", server=server, **engine) as live:
+    engine = {"num_blocks": 1024, "max_num_seqs": RUNNING, "event_capacity": 1024, "kernels": "reference"}
+    with breakable(), live_server(**server, **engine) as live:
         yield live
-
-
-def engine_of(live: Live) -> LLMEngine:
-    link = live.services.engine.link
-    assert isinstance(link, ThreadLink) and link.engine_loop is not None
-    return link.engine_loop.engine
 
 
 def in_parallel(work: Callable[[int], None], count: int, workers: int) -> None:
@@ -69,70 +58,58 @@ def test_a_burst_is_answered_to_the_last_arrival(small: Live) -> None:
 
     in_parallel(ask, 100, 100)
     assert answers["200"] + answers["503"] == ARRIVALS and answers["200"] >= QUEUE // 2, answers
-    assert small.is_alive()
+    assert_alive(small.server)
 
 
 def test_a_full_queue_refuses_before_the_body_is_sent(small: Live) -> None:
     """With every place taken a refusal needs no body."""
-    import json
-    import socket
-
-    services = small.services
-    port = int(small.url.rsplit(":", 1)[1])
+    admission = small.services.admission
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
     head += b"Content-Type: application/json\r\nContent-Length: 300\r\n\r\n"
-    held = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(QUEUE)]
-    for connection in held:
-        connection.sendall(head)
-    for _ in range(1000):
-        if services.admission.queued_requests == QUEUE:
-            break
-        threading.Event().wait(0.01)
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as late:
-        late.sendall(head)
-        answer = b""
-        while not answer.endswith(b"}}"):
-            piece = late.recv(65536)
-            assert piece, answer
-            answer += piece
+    with ExitStack() as stack:
+        for _ in range(QUEUE):
+            stack.enter_context(small.server.connect()).sendall(head)
+        until(lambda: admission.queued_requests == QUEUE, "the queue is not full")
+        with small.server.connect() as late:
+            late.sendall(head)
+            answer = read_head(late)
     assert answer.startswith(b"HTTP/1.1 503") and b"retry-after" in answer.lower()
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "server_overloaded"
-    for connection in held:
-        connection.close()
-    for _ in range(1000):
-        if not services.admission.in_flight:
-            break
-        threading.Event().wait(0.01)
-    assert small.is_alive()
+    assert_alive(small.server)
 
 
 def test_a_bad_step_fails_its_requests_and_the_next_one_is_good(small: Live) -> None:
-    """One fault in the forward pass: 500 with a request id and no internals; the server goes on."""
-    engine = engine_of(small)
-    launch, faults = engine.runner.launch, [1]
+    """A6: a fault in the forward pass is a 500 with a request id and no internals; the server goes on."""
+    for _ in range(2):
+        answer = small.complete([FAULTY, 1], max_tokens=4)
+        assert answer.status_code == 500 and "0x7f" not in answer.text
+        assert answer.headers["x-request-id"] in answer.text
+        assert small.complete([1], max_tokens=4).status_code == 200
+    assert_alive(small.server)
 
-    def faulty(batch: object) -> object:
-        if faults:
-            faults.pop()
-            raise OSError("secret 0x7f00deadbeef")
-        return launch(batch)  # type: ignore[arg-type]
 
-    engine.runner.launch = faulty  # type: ignore[method-assign]
-    answer = small.chat(max_tokens=4)
-    assert answer.status_code == 500 and "0x7f" not in answer.text
-    assert answer.headers["x-request-id"] in answer.text
-    assert small.is_alive()
+def test_a_bad_step_in_a_stream_is_its_last_event(small: Live) -> None:
+    with small.http.stream("POST", "/v1/completions", json={"prompt": [FAULTY], "stream": True}) as answer:
+        text = answer.read().decode()
+    assert answer.status_code == 500 and "[DONE]" not in text and "0x7f" not in text
+    assert_alive(small.server)
+
+
+def test_a_step_that_hangs_holds_no_request_past_its_deadline(server: Callable[..., LiveServer]) -> None:
+    """A7: 504 while the step still runs; nothing is left when it has ended."""
+    with breakable():
+        live = server(request_timeout=0.5, max_num_seqs=4)
+    stuck = live.services.engine.stats.steps
+    answer = live.complete([STALLING, 1])
+    assert (answer.status, answer.code) == (504, "deadline_exceeded")
+    assert live.services.engine.stats.steps == stuck  # it has not come back yet
+    assert live.get("/health").status == 200
+    until(lambda: live.services.engine.stats.steps > stuck, "the step does not end")
+    assert_alive(live)
 
 
 def test_three_bad_steps_in_a_row_make_the_server_unhealthy(small: Live) -> None:
     """It says so, and goes on answering 503."""
-    engine = engine_of(small)
-
-    def broken(batch: object) -> object:
-        raise OSError("gone")
-
-    engine.runner.launch = broken  # type: ignore[method-assign]
-    statuses = [small.chat(max_tokens=4).status_code for _ in range(6)]
+    statuses = [small.complete([FAULTY]).status_code for _ in range(6)]
     assert set(statuses[:3]) <= {500, 503} and set(statuses[4:]) == {503}, statuses
     assert small.http.get("/health").status_code == 503
     assert small.http.get("/health/ready").status_code == 503
@@ -172,23 +149,30 @@ def soak(live: Live, count: int, rng: random.Random) -> Counter[str]:
     return outcomes
 
 
-def check_soak(live: Live, rounds: int, per_round: int) -> None:
-    rng, process = random.Random(3), psutil.Process()
-    soak(live, per_round, rng)  # warm: pools, caches, the allocator's own
+def resources() -> tuple[int, int, int]:
+    """Bytes, files and threads of this process and of those that engines run in."""
     gc.collect()
-    before = (process.memory_info().rss, process.num_fds(), process.num_threads())
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return (
+        sum(process.memory_info().rss for process in processes),
+        sum(process.num_fds() for process in processes),
+        sum(process.num_threads() for process in processes),
+    )
+
+
+def check_soak(live: Live, rounds: int, per_round: int) -> None:
+    rng = random.Random(3)
+    soak(live, per_round, rng)  # warm: pools, caches, the allocator's own
+    before = resources()
     total: Counter[str] = Counter()
     for _ in range(rounds):
         total += soak(live, per_round, rng)
-    gc.collect()
     assert set(total) <= {"nonsense 400", "left", "whole 200"}, total
     assert total["left"] > 0.2 * rounds * per_round and total["nonsense 400"] > 0
-    assert live.is_alive()
-    after = (process.memory_info().rss, process.num_fds(), process.num_threads())
+    assert_alive(live.server)  # every block is free again
+    after = resources()
     assert after[0] - before[0] < 32 * 2**20, (before, after)
     assert after[1] <= before[1] + 4 and after[2] <= before[2] + 2, (before, after)
-    engine = engine_of(live)
-    assert engine.scheduler.kv.num_free_blocks == 1024 and not engine.book.request_ids
 
 
 def test_a_short_soak_leaves_nothing(small: Live) -> None:

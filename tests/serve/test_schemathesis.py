@@ -12,6 +12,7 @@ from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi import checks
 
 from nanovllm.serve.openapi import document
+from tests.serve.servers import assert_alive
 from tests.serve.surface import Live
 
 SCHEMA = schemathesis.openapi.from_dict(document())
@@ -102,8 +103,8 @@ def test_no_case_breaks_it(name: str, mode: Any, tiny: Live) -> None:
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name.startswith("post")])
 def test_no_case_of_many_breaks_it(name: str, mode: Any, tiny: Live) -> None:
     try_many(name, mode, tiny, LONG_COUNT)
-    assert tiny.is_alive()
+    assert_alive(tiny.server)
 
 
 def test_it_is_well_afterwards(tiny: Live) -> None:
-    assert tiny.is_alive()
+    assert_alive(tiny.server)

@@ -70,11 +70,11 @@ def _recorder(llm: LLM, setup: Setup, verb: str) -> JsonlWriter:
     from nanovllm.engine.run_header import run_header
 
     assert setup.events is not None
-    header = run_header(llm.engine, llm.config, _command(verb, llm.config.model, setup))
+    header = run_header(llm.engine, llm.config, command_of(verb, llm.config.model, setup))
     return JsonlWriter(llm.engine.events, setup.events, header, blocks=setup.events_blocks)
 
 
-def _command(verb: str, model: str, setup: Setup) -> str:
+def command_of(verb: str, model: str, setup: Setup) -> str:
     """The verb and the settings that were given: what was run, without what was asked."""
     settings = [f"{flag_of(name)} {value}" for name, value in setup.settings.items()]
     return " ".join(["nanovllm", verb, model, *settings])

@@ -1,4 +1,4 @@
-"""`nanovllm trace`: a recorded run looked at: shown, exported, compared, diagnosed.
+"""`nanovllm trace`: a recorded run looked at: shown, exported, compared, diagnosed. `record` is `trace_record.py`'s.
 
 What it is: the verbs and their flags. What it knows nothing about: what records mean
 (`observe/`). Invariants: a recording is read and never changed; with --json stdout is one
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nanovllm.cli.trace_record import record
 from nanovllm.errors import InvalidRequestError
 from nanovllm.observe.paths import Replay, RequestPath, replay
 from nanovllm.observe.recording import read_recording
@@ -30,10 +31,15 @@ EXAMPLES = """Examples:
 
   nanovllm trace export run.jsonl --perfetto run.trace.json --svg run.svg
 
+  nanovllm trace record mixed_ctx smollm2 --events fcfs.jsonl --num-blocks 200
+
+  nanovllm trace record mixed_ctx smollm2 --events sjf.jsonl --num-blocks 200 --policy sjf
+
   nanovllm trace compare fcfs.jsonl sjf.jsonl
 """
 
-trace = typer.Typer(no_args_is_help=True, help="Look at a recorded run (--events FILE of run and chat).")
+trace = typer.Typer(no_args_is_help=True, help="Record a run, and look at it: stages, state, causes, comparison.")
+trace.command(epilog=EXAMPLES)(record)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A recording made with --events.")]
 Request = Annotated[str | None, typer.Option("--request", help="One request, by its id.")]
@@ -59,11 +65,12 @@ def show(
     objectives, run = parse_slo(slo or []), _read(file)
     if request is not None:
         path = _path(run, request)
-        _print(as_json, lambda: request_row(path), lambda: trace_view.print_path(run, path, lang))
+        row = request_row(path, run.recording.header)
+        _print(as_json, lambda: row, lambda: trace_view.print_path(run, path, row, lang))
         return
     found = summary(run, objectives)
-    rows = [request_row(path) for path in run.paths.values()]
-    _print(as_json, lambda: {**found, "paths": rows}, lambda: trace_view.print_table(rows, found))
+    rows = [request_row(path, run.recording.header) for path in run.paths.values()]
+    _print(as_json, lambda: {**found, "paths": rows}, lambda: trace_view.print_run(rows, found))
 
 
 @trace.command(epilog=EXAMPLES)
@@ -102,15 +109,17 @@ def compare(
     as_json: Json = False,
     lang: Language = "en",
 ) -> None:
-    """Set two runs of one model side by side: latencies, rates, state, cost, and the ratio B / A."""
-    from nanovllm.cli import trace_view
+    """Set two runs of one model side by side: latencies, rates, state, cost, their ratios, and where the time went."""
+    from nanovllm.cli import trace_causes_view
+    from nanovllm.observe.diagnosis import brief
     from nanovllm.observe.run_summary import compare as compare_runs
     from nanovllm.observe.run_summary import summary
     from nanovllm.observe.statistics import parse_slo
 
-    objectives = parse_slo(slo or [])
-    found = compare_runs(*(summary(_read(file), objectives) for file in (first, second)), force=force)
-    _print(as_json, lambda: found, lambda: trace_view.print_comparison(found, lang))
+    objectives, runs = parse_slo(slo or []), [_read(first), _read(second)]
+    found = compare_runs(*(summary(run, objectives) for run in runs), force=force)
+    found["diagnoses"] = [brief(run) for run in runs]
+    _print(as_json, lambda: found, lambda: trace_causes_view.print_comparison(found, lang))
 
 
 @trace.command(epilog=EXAMPLES)
@@ -124,12 +133,12 @@ def diagnose(
     lang: Language = "en",
 ) -> None:
     """Name what the time was spent on and on whose account, with records, and what would refute it."""
-    from nanovllm.cli import trace_view
+    from nanovllm.cli import trace_causes_view
     from nanovllm.observe.diagnosis import diagnose as diagnosed
 
     window = {"from_ns": _nanoseconds(from_s), "to_ns": _nanoseconds(to_s)}
     found = diagnosed(_read(file), request=request, **window)
-    _print(as_json, lambda: found, lambda: trace_view.print_diagnosis(found, lang))
+    _print(as_json, lambda: found, lambda: trace_causes_view.print_diagnosis(found, lang))
 
 
 def _read(file: Path) -> Replay:

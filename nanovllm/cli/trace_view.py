@@ -1,13 +1,14 @@
-"""What `nanovllm trace` prints for people.
+"""What `nanovllm trace show` prints for people: one request's path, or a run as a table and its figures.
 
 What it is: tables and lines over the documents of `observe/`. What it knows nothing about:
 how the figures came about. Invariants: every figure carries its label; what is undefined is a
-dash; whatever a file made up is shown harmless.
+dash; whatever a file made up is shown harmless; no figure is cut: a table that is too wide for
+the terminal leaves whole columns out and names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,14 +33,41 @@ COLUMNS = {
     "preemptions": "preempted",
     "end": "end",
 }
-MOST_GAPS = 3
+DISPENSABLE = (
+    "preempted",
+    "cached",
+    "T_prefill",
+    "TPOT",
+    "out",
+    "end",
+    "p90",
+    "mean",
+    "prompt",
+    "max",
+    "T_queue",
+    "count",
+    "E2E",
+)
+LATENCIES = {
+    "ttft": "TTFT",
+    "queue": "T_queue",
+    "prefill": "T_prefill",
+    "tpot": "TPOT",
+    "itl": "ITL",
+    "jitter": "jitter",
+    "e2e": "E2E",
+}
+GAP, LONGEST_NAME, MOST_GAPS, BAR = 2, 24, 3, " ▏▎▍▌▋▊▉█"
+TIMELINE_WIDTH, NO_TERMINAL = 72, 10_000
 
 
-def print_path(run: Replay, path: RequestPath, lang: Lang) -> None:
-    """The terms with their label, the check of their sums, then each record's moment."""
-    console, timeline = _console(), path.timeline
+def print_path(run: Replay, path: RequestPath, row: Mapping[str, Any], lang: Lang) -> None:
+    """The terms with their label, the check of their sums, then each record's moment, then its state."""
+    console, timeline, label = make_console(), path.timeline, run.recording.label
     told = f"{path.name}: {path.prompt_len} prompt tokens; {path.cached_tokens} cached; {path.generated_len} generated"
-    console.print(_safe(f"{told}; {path.end or 'unfinished'}"), render(timeline), sep="\n")
+    console.print(safe(f"{told}; {path.end or 'unfinished'}"))
+    for line in render(timeline).splitlines():
+        console.print(line if console.width >= TIMELINE_WIDTH else line.rstrip(BAR))
     console.print(sums(path, lang))
     for event in path.events:
         if event.stage == "decode_step":
@@ -47,14 +75,18 @@ def print_path(run: Replay, path: RequestPath, lang: Lang) -> None:
         at_ms = (event.ts_ns - timeline.arrival_ns) / 1e6
         tokens = f", {event.tokens} tokens" if event.tokens else ""
         batch = f", batch of {event.batch_size}" if event.batch_size else ""
-        console.print(
-            f"{at_ms:>12,.2f} ms  {run.recording.label:<10} record {event.seq:<7} {event.stage}{tokens}{batch}"
-        )
+        console.print(f"{at_ms:>12,.2f} ms  {label:<10} record {event.seq:<7} {event.stage}{tokens}{batch}")
     gaps = sorted(enumerate(timeline.decode_gaps_ns, 2), key=lambda gap: -gap[1])[:MOST_GAPS]
     longest = ", ".join(f"{gap / 1e6:,.2f} ms before token {number}" for number, gap in gaps)
     if longest:
-        console.print(f"longest decode gaps ({run.recording.label}): {longest}")
-    _remarks(console, run.recording.remarks)
+        console.print(f"longest decode gaps ({label}): {longest}")
+    state = row["state"]
+    console.print(
+        f"state ({state['label']}): {state['blocks']} blocks, {state['block_exact_bytes']:,} bytes in blocks, "
+        f"{state['token_exact_bytes']:,} in its {state['tokens']} tokens; "
+        f"approximation bound {state['approximation_bound_bytes']:,} bytes"
+    )
+    print_remarks(console, run.recording.remarks)
 
 
 def sums(path: RequestPath, lang: Lang) -> str:
@@ -71,114 +103,125 @@ def sums(path: RequestPath, lang: Lang) -> str:
     return "; ".join(lines)
 
 
-def print_table(rows: Iterable[Mapping[str, Any]], found: Mapping[str, Any]) -> None:
-    """All requests, and the run in a few lines."""
-    console = _console()
-    table = Table(box=None, padding=(0, 2, 0, 0), caption=f"times in ms, {found['label']}", caption_justify="left")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="left" if title in ("request", "end") else "right")
-    for row in rows:
-        table.add_row(*(_cell(name, row[name]) for name in COLUMNS))
-    console.print(table)
-    state, rates, header = found["state"], found["throughput"], found["header"]
-    label = found["label"]
-    live, used = state["live_requests"], state["used_blocks"]
-    lines = {
-        "run": f"{header['model']}, {header['dtype']}, {header['policy']}, {header['schedule_mode']}, prefix_mode "
+def print_run(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> None:
+    """All requests, the distribution of each latency, and the run's other figures in a line each."""
+    console, label = make_console(), found["label"]
+    cells = [[_cell(name, row[name]) for name in COLUMNS] for row in rows]
+    print_table(console, list(COLUMNS.values()), cells, f"times in ms, {label}", left=("request", "end"))
+    parts = ("mean", "p50", "p90", "p99", "max")
+    latency = {title: found["latency_ms"][name] for name, title in LATENCIES.items()}
+    cells = [[title, *(number(row[part]) for part in parts), str(row["count"])] for title, row in latency.items()]
+    print_table(console, ["ms", *parts, "count"], cells, f"{label}; of completed requests", left=("ms",))
+    for name, text in [*_run_lines(found), *_state_lines(rows, found), *_cost_lines(found)]:
+        console.print(f"[bold]{name:<12}[/]{safe(text)}")
+    print_remarks(console, found["remarks"])
+
+
+def _run_lines(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    header, requests, rates = found["header"], found["requests"], found["throughput"]
+    yield (
+        "run",
+        f"{header['model']}, {header['dtype']}, {header['policy']}, {header['schedule_mode']}, prefix_mode "
         f"{header['prefix_mode']}, {header['prior_state']}, {header['num_blocks']} blocks of {header['block_size']}",
-        "throughput": f"{_number(rates['requests_per_s'])} requests/s, {_number(rates['output_tokens_per_s'])} "
-        f"output tokens/s ({label})",
-        "live": f"mean {_number(live['mean'])}, max {live['max']}; still prefilling, mean "
-        f"{_number(state['prefilling_requests']['mean'])} ({label})",
-        "blocks": f"used, mean {_number(used['mean'])}, max {used['max']} of {header['num_blocks']} ({label})",
-    }
+    )
+    ends = ", ".join(f"{count} {end}" for end, count in requests["ends"].items())
+    yield "requests", f"{requests['sent']} sent: {ends or 'none'}; {requests['preemptions']} preemptions"
+    yield (
+        "throughput",
+        f"{number(rates['requests_per_s'])} requests/s, {number(rates['output_tokens_per_s'])} output tokens/s "
+        f"({found['label']})",
+    )
+    good = found["goodput"]
+    if good is not None:
+        limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in good["slo_ms"].items())
+        rate = f"{number(good['requests_per_s'])} requests/s ({found['label']})"
+        yield "goodput", f"{rate}: {good['requests']} met {limits}"
+
+
+def _state_lines(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    state, label = found["state"], found["label"]
+    levels = {name: state[f"{name}_requests"] for name in ("live", "prefilling", "waiting")}
+    told = (f"{name} mean {number(level['mean'])}, max {level['max']:g}" for name, level in levels.items())
+    yield "state", f"requests: {'; '.join(told)} ({label})"
+    levels = {name: state[f"{name}_blocks"] for name in ("used", "cached", "free")}
+    told = (f"{name} mean {number(level['mean'])}, max {level['max']:g}" for name, level in levels.items())
+    yield "", f"blocks of {state['num_blocks']}: {'; '.join(told)} ({label})"
+    kinds = (f"{kind} {size:,}" for kind, size in state["bytes_by_kind_max"].items())
+    yield "", f"bytes at most: {', '.join(kinds)} ({label})"
+    sizes = [row["state"] for row in rows if row["state"]["blocks"]]
+    if sizes:
+        mean = sum(size["block_exact_bytes"] for size in sizes) // len(sizes)
+        bound = sum(size["approximation_bound_bytes"] for size in sizes) // len(sizes)
+        largest = max(size["block_exact_bytes"] for size in sizes)
+        yield "", f"bytes a request: mean {mean:,}, max {largest:,}, mean approximation bound {bound:,} (estimated)"
+    sharing = state["sharing_factor"]
+    yield "", f"sharing: {number(sharing['mean'])} block table entries a used block ({sharing['label']})"
+
+
+def _cost_lines(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    cost, stable, label = found["cost"], found["stability"], found["label"]
+    yield (
+        "cost",
+        f"{number(cost['block_seconds_per_token'])} block-seconds, {number(cost['processor_seconds_per_token'])} "
+        f"processor-seconds an output token ({label})",
+    )
+    ratios = (f"{name} {number(stable[f'{key}_p99_over_p50'])}" for key, name in (("ttft", "TTFT"), ("tpot", "TPOT")))
+    yield "stability", f"P99 over P50: {', '.join(ratios)} ({label})"
     if found["block_calls_ns"]:
         calls = (f"{name} {ns['mean_per_step'] / 1e3:,.1f}" for name, ns in found["block_calls_ns"].items())
-        lines["block calls"] = f"us a step: {', '.join(calls)} ({label})"
-    for name, text in lines.items():
-        console.print(f"[bold]{name:<12}[/]{_safe(text)}")
-    _remarks(console, found["remarks"])
+        yield "block calls", f"us a step: {', '.join(calls)} ({label})"
 
 
-def print_comparison(found: Mapping[str, Any], lang: Lang) -> None:
-    """Both runs, figure by figure."""
-    console = _console()
-    for name, (a, b) in found["differs"].items():
-        console.print(f"[bold]{name:<16}[/]{_safe(f'{a}  |  {b}')}")
-    table = Table(box=None, padding=(0, 2, 0, 0), caption="latencies in ms", caption_justify="left")
-    first, second = (f"{name} ({label})" for name, label in zip("AB", found["labels"], strict=True))
-    for title in ("figure", first, second, "B / A"):
-        table.add_column(title, justify="left" if title == "figure" else "right")
-    for name, row in found["figures"].items():
-        table.add_row(name, *(_number(row[part]) for part in ("first", "second", "ratio")))
+def print_table(
+    console: Console,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str,
+    *,
+    left: Sequence[str] = (),
+) -> None:
+    """A table of as many columns as the terminal has room for; all of them where it is no terminal."""
+    widths = [max(len(text) for text in column) + GAP for column in zip(titles, *rows)]
+    kept = dict(zip(titles, widths))
+    for title in DISPENSABLE if console.is_terminal else ():
+        if sum(kept.values()) > console.width:
+            kept.pop(title, None)
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
+    for title in kept:
+        table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(text) for title, text in zip(titles, row) if title in kept))
     console.print(table)
-    if "prior_state" in found["differs"]:
-        a, b = found["differs"]["prior_state"]
-        console.print(say(lang, "cold_warm", first=a, second=b))
-    _remarks(console, found["remarks"])
+    gone = [title for title in titles if title not in kept]
+    console.print(f"({caption}{'; no room for ' + ', '.join(gone) if gone else ''})", style="dim")
 
 
-def print_diagnosis(found: Mapping[str, Any], lang: Lang) -> None:
-    """The verdict, then each cause that is named with its evidence, then the other shares."""
-    console, label = _console(), found["label"]
-    request = found["scope"]["request"]
-    scope = say(lang, "scope_run", requests=found["requests"])
-    if request is not None:
-        scope = say(lang, "scope_request", request=request)
-    console.print(f"[bold]{_safe(scope)}: {say(lang, 'verdict_' + found['verdict'])}[/]")
-    total = f"{found['total_ns'] / 1e6:,.2f}"
-    console.print(say(lang, "shares", total=total, label=label, work=f"{found['work_share']:.0%}"))
-    stage = found["dominant_stage"]
-    if stage is not None:
-        console.print(say(lang, "stage", stage=stage["stage"], share=f"{stage['share']:.0%}"))
-    for cause in found["causes"]:
-        if cause["is_named"]:
-            _print_cause(console, cause, lang)
-    others = [f"{c['cause']} {c['share']:.1%}" for c in found["causes"] if not c["is_named"] and c["share"] >= 0.001]
-    if others:
-        console.print(f"({label}) {', '.join(others)}")
-    for row in found.get("outliers", ()):
-        places = {"request": row["request"], "ms": f"{row['ttft_ns'] / 1e6:,.2f}", "causes": ", ".join(row["causes"])}
-        console.print(_safe(say(lang, "outlier", **places, share=f"{row['share']:.0%}")))
-    _remarks(console, found["remarks"])
+def make_console() -> Console:
+    """Where everything goes: long lines are the terminal's to wrap, a file has no width, and NO_COLOR is heard."""
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=NO_TERMINAL)
 
 
-def _print_cause(console: Console, cause: Mapping[str, Any], lang: Lang) -> None:
-    name, share = f"{cause['class']}/{cause['cause']}", f"{cause['share']:.0%}"
-    console.print(f"\n[bold]{share:>4}  {name}[/]  {say(lang, 'cause_' + cause['cause'])}")
-    if cause["behind"]:
-        names = ", ".join(f"{row['request']} ({row['time_ns'] / 1e6:,.2f} ms)" for row in cause["behind"])
-        console.print(f"      {_safe(say(lang, 'behind', names=names))}")
-    for row in cause["evidence"]:
-        told = ", ".join(f"{key} {value}" for key, value in row["told"].items() if value not in ("", None))
-        text = say(lang, "evidence", record=row["record"], ms=f"{row['explains_ns'] / 1e6:,.2f}", told=told)
-        console.print(f"      {_safe(text)}")
-        if row["blocks_held"]:
-            held = ", ".join(f"{name} {blocks}" for name, blocks in row["blocks_held"].items())
-            console.print(f"        {_safe(say(lang, 'blocks_held', held=held))}")
-    console.print(f"      {say(lang, 'refuted', text=say(lang, 'refute_' + cause['cause']))}")
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
+    """One line that steers neither terminal nor rich."""
     return escape(harmless(text).replace("\n", " "))
 
 
-def _remarks(console: Console, remarks: Iterable[str]) -> None:
+def print_remarks(console: Console, remarks: Iterable[str]) -> None:
+    """What a reader must know before believing it."""
     for sentence in remarks:
-        console.print(f"[yellow]{_safe(sentence)}[/]")
+        console.print(f"[yellow]{safe(sentence)}[/]")
+
+
+def number(value: float | None) -> str:
+    """Two decimals, or three digits of something small; a dash where there is nothing."""
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value / 1e6:,.2f}" if name.endswith("_ns") else _safe(str(value))
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+    text = f"{value / 1e6:,.2f}" if name.endswith("_ns") else harmless(str(value)).replace("\n", " ")
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"

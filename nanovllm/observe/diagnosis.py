@@ -47,6 +47,18 @@ def diagnose(
     return document if request is not None else {**document, "outliers": _outliers(attribution, window, found)}
 
 
+def brief(run: Replay) -> dict[str, Any]:
+    """The verdict on the whole run and the share of each cause it names."""
+    found = diagnose(run)
+    causes = {cause["cause"]: cause["share"] for cause in found["causes"] if cause["is_named"]}
+    return {"label": found["label"], "verdict": found["verdict"], "causes": causes}
+
+
+def named(found: dict[str, Any]) -> list[str]:
+    """The causes that a diagnosis names, largest first."""
+    return [cause["cause"] for cause in found["causes"] if cause["is_named"]]
+
+
 def _judge(attribution: Attribution, names: list[str], window: tuple[int, int]) -> dict[str, Any]:
     pieces = [piece for name in names for piece in _clipped(attribution.pieces[name], window)]
     times = Counter[str]()
@@ -56,14 +68,14 @@ def _judge(attribution: Attribution, names: list[str], window: tuple[int, int]) 
     ranked = [(cause, ns) for cause, ns in times.most_common() if cause != WORK]
     count = [(cause, ns) for cause, ns in ranked if ns >= total_ns * (OWN_SHARE if cause in OWN else DELAY_SHARE)]
     largest_ns = count[0][1] if count else 0
-    named = [cause for cause, ns in count if ns >= largest_ns * MIXTURE]
+    chosen = [cause for cause, ns in count if ns >= largest_ns * MIXTURE]
     return {
         "requests": len(names),
         "total_ns": total_ns,
-        "verdict": HEALTHY if not named else DOMINANT if len(named) == 1 else MIXED,
+        "verdict": HEALTHY if not chosen else DOMINANT if len(chosen) == 1 else MIXED,
         "dominant_stage": _dominant_stage(attribution.run, names, window),
         "work_share": _share(times[WORK], total_ns),
-        "causes": [_cause(attribution, cause, ns, total_ns, pieces, cause in named) for cause, ns in ranked],
+        "causes": [_cause(attribution, cause, ns, total_ns, pieces, cause in chosen) for cause, ns in ranked],
     }
 
 
@@ -112,15 +124,11 @@ def _outliers(attribution: Attribution, window: tuple[int, int], whole: dict[str
     found = []
     for path in slowest:
         own = _judge(attribution, [path.name], window)
-        named, of_whole = _named(own), _named(whole)
-        if named and not set(named) & set(of_whole):
+        causes = named(own)
+        if causes and not set(causes) & set(named(whole)):
             share = next(cause["share"] for cause in own["causes"] if cause["is_named"])
-            found.append({"request": path.name, "ttft_ns": path.timeline.ttft_ns, "causes": named, "share": share})
+            found.append({"request": path.name, "ttft_ns": path.timeline.ttft_ns, "causes": causes, "share": share})
     return found[:MOST_OUTLIERS]
-
-
-def _named(found: dict[str, Any]) -> list[str]:
-    return [cause["cause"] for cause in found["causes"] if cause["is_named"]]
 
 
 def _clipped(pieces: Iterable[Piece], window: tuple[int, int]) -> list[Piece]:

@@ -16,17 +16,16 @@ from typing import Any
 from nanovllm.core.events import BLOCK_CALLS
 from nanovllm.core.timeline import Timeline
 from nanovllm.errors import InvalidRequestError
-from nanovllm.observe.paths import Replay, RequestPath, holding_changes
+from nanovllm.observe.held_state import last_state, state_summary, used_blocks
+from nanovllm.observe.paths import Replay, RequestPath
+from nanovllm.observe.records import RunHeader
 from nanovllm.observe.statistics import (
-    Level,
     distribution,
     integral,
     jitter_ns,
-    levels,
     meets,
     per_second,
     tail_ratio,
-    time_mean,
     tpot_ns,
 )
 
@@ -48,6 +47,8 @@ COMPARED = {  # figure -> where it stands in a summary
     "live requests max": ("state", "live_requests", "max"),
     "used blocks mean": ("state", "used_blocks", "mean"),
     "used blocks max": ("state", "used_blocks", "max"),
+    "cached blocks mean": ("state", "cached_blocks", "mean"),
+    "sharing (estimated)": ("state", "sharing_factor", "mean"),
     "block-seconds/token": ("cost", "block_seconds_per_token"),
     "processor-seconds/token": ("cost", "processor_seconds_per_token"),
     "TTFT p99/p50": ("stability", "ttft_p99_over_p50"),
@@ -62,8 +63,11 @@ def latencies_ns(timeline: Timeline) -> dict[str, float | None]:
     return {"ttft": timeline.ttft_ns, "tpot": 0.0 if one_token else tpot, "e2e": timeline.end_to_end_ns}
 
 
-def request_row(path: RequestPath) -> dict[str, Any]:
-    """One request as plain data: its terms in nanoseconds, lengths, end, and the numbers of its records."""
+def request_row(path: RequestPath, header: RunHeader | None = None) -> dict[str, Any]:
+    """One request as plain data: its terms in nanoseconds, lengths, end, the numbers of its records.
+
+    With the run's `header` also what state it held.
+    """
     gaps = path.timeline.decode_gaps_ns
     return {
         "request": path.name,
@@ -74,6 +78,7 @@ def request_row(path: RequestPath) -> dict[str, Any]:
         **path.timeline.as_dict(),
         "tpot_ns": tpot_ns(gaps),
         "jitter_ns": jitter_ns(gaps),
+        "state": last_state(path, header) if header else None,
         "held_ns": sum(span.length_ns for span in path.holds),
         "records": [event.seq for event in path.events],
     }
@@ -97,7 +102,7 @@ def summary(run: Replay, slo_ms: Mapping[str, float] | None = None) -> dict[str,
             "output_tokens_per_s": per_second(tokens, duration_ns),
         },
         "goodput": _goodput(done, slo_ms or {}, duration_ns),
-        "state": _state(run, paths),
+        "state": state_summary(run),
         "cost": _cost(run, tokens),
         "stability": {
             "ttft_p99_over_p50": tail_ratio([path.timeline.ttft_ns or 0 for path in done]),
@@ -120,6 +125,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, force: bool 
     return {
         "labels": [a["label"], b["label"]],
         "model": [a["model"], b["model"]],
+        "commands": [a["command"], b["command"]],
         "differs": {name: [a[name], b[name]] for name in _RAN_AS if a[name] != b[name]},
         "requests": [first["requests"], second["requests"]],
         "figures": {name: _beside(_at(first, place), _at(second, place)) for name, place in COMPARED.items()},
@@ -166,36 +172,6 @@ def _goodput(done: list[RequestPath], slo_ms: Mapping[str, float], duration_ns: 
         return None
     good = sum(meets(latencies_ns(path.timeline), slo_ms) for path in done)
     return {"slo_ms": dict(slo_ms), "requests": good, "requests_per_s": per_second(good, duration_ns)}
-
-
-def used_blocks(run: Replay) -> list[Level]:
-    """Blocks that somebody holds, as told at each launch and at the end of each step's last release."""
-    num_blocks = run.recording.header.num_blocks
-    series = [Level(step.start_ns, num_blocks - step.event.free_blocks) for step in run.steps]
-    is_drained = all(path.end for path in run.paths.values())
-    return [*series, Level(run.recording.end_ns, 0)] if is_drained and series else series
-
-
-def _state(run: Replay, paths: list[RequestPath]) -> dict[str, Any]:
-    header, used = run.recording.header, used_blocks(run)
-    live, prefilling = (levels(holding_changes(paths, prefilling=only)) for only in (False, True))
-    waiting = levels([c for p in paths for s in p.waits for c in ((s.start_ns, 1), (s.end_ns, -1))])
-    cached = [Level(step.start_ns, step.event.cached_blocks) for step in run.steps]
-    return {
-        "num_blocks": header.num_blocks,
-        "block_bytes": header.block_bytes,
-        "live_requests": _over_time(run, live),
-        "prefilling_requests": _over_time(run, prefilling),
-        "waiting_requests": _over_time(run, waiting),
-        "used_blocks": _over_time(run, used),
-        "cached_blocks": _over_time(run, cached),
-        "used_bytes_max": int(max((level.amount for level in used), default=0)) * header.block_bytes,
-    }
-
-
-def _over_time(run: Replay, series: list[Level]) -> dict[str, float | None]:
-    mean = time_mean(series, run.recording.start_ns, run.recording.end_ns)
-    return {"mean": None if mean is None else round(mean, 3), "max": max((level.amount for level in series), default=0)}
 
 
 def _cost(run: Replay, tokens: int) -> dict[str, float | None]:

@@ -156,6 +156,7 @@ _PROSE = {
         "在无人读取时运行（nanovllm run --quiet > /dev/null）：若时间不变，则不是读取方所致。",
     ),
     # -- verdicts and lines ------------------------------------------------------------------------
+    "verdict_line": ("{scope}: {verdict}", "{scope}：{verdict}"),
     "verdict_dominant cause": ("dominant cause", "主导原因"),
     "verdict_mixture": ("a mixture of causes", "多个原因混合"),
     "verdict_no dominant cause": ("no dominant cause", "没有主导原因"),
@@ -165,14 +166,17 @@ _PROSE = {
         "Shares are of {total} ms of request time ({label}); {work} of it is decoding at the run's own best pace.",
         "份额以请求总时间 {total} ms（{label}）计；其中 {work} 是以本次运行最快节奏进行的 decode。",
     ),
-    "stage": ("dominant stage: {stage}, {share} of the time", "主导阶段：{stage}，占时间 {share}"),
+    "stage": (
+        "dominant stage: {stage}, {share} of the time ({label})",
+        "主导阶段：{stage}，占时间 {share}（{label}）",
+    ),
     "behind": ("behind it: {names}", "背后：{names}"),
     "evidence": ("record {record} explains {ms} ms: {told}", "记录 {record} 解释了 {ms} ms：{told}"),
     "blocks_held": ("blocks held then (estimated): {held}", "当时占用的块（estimated）：{held}"),
     "refuted": ("would refute it: {text}", "可否定它的实验：{text}"),
     "outlier": (
-        "slow by itself: {request}, TTFT {ms} ms: {causes}, {share}",
-        "个别较慢：{request}，TTFT {ms} ms：{causes}，{share}",
+        "slow by itself: {request}, TTFT {ms} ms: {causes}, {share} ({label})",
+        "个别较慢：{request}，TTFT {ms} ms：{causes}，{share}（{label}）",
     ),
     # -- trace show and compare --------------------------------------------------------------------
     "sums": ("checked: TTFT = {ttft} ns is the sum of its four terms", "已核对：TTFT = {ttft} ns 等于四项之和"),

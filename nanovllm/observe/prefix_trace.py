@@ -11,7 +11,9 @@ held whole; what `PrefixTraceWriter` writes, `read_prefix_trace` reads.
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +54,16 @@ class TraceFacts:
 
 
 def read_prefix_trace(path: Path) -> Iterator[TraceRow]:
-    """Its rows, one by one. Raises InvalidRequestError, naming the line."""
+    """Its rows, one by one; a name in `.gz` is unpacked on the way. Raises InvalidRequestError, naming the line."""
     try:
-        with path.open("rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if line.strip():
                     yield _row(line, f"{path}, line {number}")
+    except (EOFError, zlib.error) as error:
+        raise InvalidRequestError(f"{path} cannot be unpacked: {error}.", param="file") from error
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror or error}.", param="file") from error
 

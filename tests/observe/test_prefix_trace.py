@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import random
@@ -109,3 +110,14 @@ def test_what_was_written_is_probed_like_the_tokens_themselves(tmp_path: Path) -
     probe_trace(rows, replayed, 4)
     assert replayed.figures() == direct.figures()
     assert total(direct.figures(), 4).overlap_tokens > 0
+
+
+def test_a_compressed_trace_is_read_and_a_torn_one_refused(trace: Path) -> None:
+    packed = trace.with_name("trace.jsonl.gz")
+    packed.write_bytes(gzip.compress(trace.read_bytes()))
+    assert list(read_prefix_trace(packed)) == list(read_prefix_trace(trace))
+    whole = packed.read_bytes()
+    for broken in (whole[:-9], whole[:12] + bytes([whole[12] ^ 0xFF]) + whole[13:], b"no gzip at all"):
+        packed.write_bytes(broken)
+        with pytest.raises(InvalidRequestError, match="cannot be|no JSON object"):
+            list(read_prefix_trace(packed))

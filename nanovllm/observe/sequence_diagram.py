@@ -4,7 +4,7 @@ What it is: the messages between client, queue, scheduler, prefill, decode and b
 with the five control transfers numbered: request entered, prefill start, decode start,
 output complete, state released. What it knows nothing about: files, other requests.
 Invariants: every message stands for a record of the run and shows its time; both forms
-draw the same messages; names that a caller chose cannot end a label or a tag.
+draw the same messages; names that a caller chose cannot end a label, a tag or the document.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def svg(run: Replay, path: RequestPath, lang: Lang = "en") -> str:
         '<defs><marker id="a" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto" '
         'markerUnits="userSpaceOnUse"><path d="M0 0L9 4L0 8z" fill="#57606a"/></marker></defs>',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        f'<text class="h" x="16" y="26">{escape(_title(run, path, lang))}</text>',
+        f'<text class="h" x="16" y="26">{_xml(_title(run, path, lang))}</text>',
     ]
     for index, name in enumerate(PARTICIPANTS):
         parts += _lifeline(index, say(lang, name), height)
@@ -79,7 +79,7 @@ def _lifeline(index: int, title: str, height: int) -> list[str]:
     return [
         f'<line class="l" x1="{x}" y1="72" x2="{x}" y2="{height - 12}"/>',
         f'<rect class="b" x="{x - 56}" y="44" width="112" height="28" rx="6"/>',
-        f'<text class="h" x="{x}" y="63" text-anchor="middle">{escape(title)}</text>',
+        f'<text class="h" x="{x}" y="63" text-anchor="middle">{_xml(title)}</text>',
     ]
 
 
@@ -97,7 +97,7 @@ def _arrow(path: RequestPath, message: Message, y: int) -> list[str]:
     return [
         f'<text class="t" x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{_ms(path, message.at_ns)} ms</text>',
         f'<line class="{kind}" x1="{start}" y1="{y}" x2="{end}" y2="{y}" marker-end="url(#a)"/>',
-        f'<text class="s" x="{text_x}" y="{y - 7}">{escape(message.text)}</text>',
+        f'<text class="s" x="{text_x}" y="{y - 7}">{_xml(message.text)}</text>',
         *(badge if message.transfer else []),
     ]
 
@@ -172,6 +172,11 @@ def _ms(path: RequestPath, at_ns: int) -> str:
 
 def _in_ms(ns: int | None) -> str:
     return "-" if ns is None else f"{ns / 1e6:,.2f}"
+
+
+def _xml(text: str) -> str:
+    """As character data; XML has no way to write a control character."""
+    return escape("".join(c if c.isprintable() else "\ufffd" for c in text))
 
 
 def _plain(text: str) -> str:

@@ -42,7 +42,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._wait(self._settings.header_timeout)
         if len(self.connections) > self._settings.max_connections:
-            self._application = _refuse
+            self._application = _one_too_many
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -71,7 +71,10 @@ class Connection(H11Protocol):
         """An answer that broke off ends its connection, whether or not the client takes what was written."""
         cycle = self.cycle
         try:
-            await self._application(scope, receive, send)
+            if _head_bytes(scope) > (self.config.h11_max_incomplete_event_size or 0):  # it came whole, in one piece
+                await _refuse(HeadTooLargeError("The head of the request is too large."), send)
+            else:
+                await self._application(scope, receive, send)
         finally:
             if cycle.response_started and not cycle.response_complete:
                 self.transport.abort()
@@ -97,9 +100,20 @@ def _headers_of(error: NanoVLLMError, body: bytes) -> Headers:
     return [(b"content-type", b"application/json"), length, (b"connection", b"close"), *headers_of(error)]
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+def _head_bytes(scope: Scope) -> int:
+    """The request line and the headers, as they came."""
+    query = scope["query_string"]
+    line = len(scope["method"]) + len(scope["raw_path"]) + len(query) + bool(query) + len("  HTTP/1.1\r\n")
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+
+
+async def _one_too_many(scope: Scope, receive: Receive, send: Send) -> None:
     """The application of a connection too many."""
-    error = BusyError("Too many connections are open.", hint="Try again later.")
+    await _refuse(BusyError("Too many connections are open.", hint="Try again later."), send)
+
+
+async def _refuse(error: NanoVLLMError, send: Send) -> None:
+    """Answer, and close the connection."""
     body = body_of(error, "")
     await send({"type": "http.response.start", "status": error.status, "headers": _headers_of(error, body)})
     await send({"type": "http.response.body", "body": body})

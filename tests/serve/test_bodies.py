@@ -176,16 +176,16 @@ def test_a_gzip_bomb_is_not_unpacked(server: Factory) -> None:
 # -- attack 17: heads -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flood",
-    [
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Big: " + b"a" * 2**20 + b"\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 10_000 + b"\r\n",
-        b"GET /" + b"a" * 2**20 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: " + b"a" * 2**20 + b"\r\n\r\n",
-    ],
-    ids=["one header", "many headers", "target", "request id"],
-)
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+FLOODS = {
+    "one header": GET + b"X-Big: " + b"a" * 2**20 + b"\r\n\r\n",
+    "many headers": GET + b"X-A: b\r\n" * 10_000 + b"\r\n",
+    "target": b"GET /" + b"a" * 2**20 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "request id": GET + b"X-Request-Id: " + b"a" * 2**20 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
 def test_giant_heads(server: Factory, flood: bytes) -> None:
     live = server()
     with live.connect() as sock:
@@ -193,7 +193,18 @@ def test_giant_heads(server: Factory, flood: bytes) -> None:
         answer = read_all(sock)
     assert answer.startswith(b"HTTP/1.1 431 ") and b'"code":"head_too_large"' in answer
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        live.raw(flood)
+        assert b"HTTP/1.1 200" not in live.raw(flood)
+    assert_alive(live)
+
+
+@pytest.mark.parametrize(("size", "status"), [(2**14, b"200"), (2**14 + 1, b"431"), (2**14 + 40_000, b"431")])
+def test_a_head_that_comes_whole_is_measured_too(server: Factory, size: int, status: bytes) -> None:
+    """In one segment the parser has it whole before it counts; the connection is closed, not left waiting."""
+    live = server(keep_alive_timeout=600.0)
+    rest = b"Connection: close\r\n" if status == b"200" else b""
+    fixed = GET + rest + b"X-A: \r\n\r\n"
+    answer = live.raw(fixed[:-4] + b"a" * (size - len(fixed) + len(b"\r\n")) + b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 " + status), answer
     assert_alive(live)
 
 

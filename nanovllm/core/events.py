@@ -128,6 +128,7 @@ class EventBus:
         self._clock = clock
         self._ring: deque[Event] = deque(maxlen=capacity)
         self._next_seq = 0
+        self.dropped = 0  # events that its readers were too slow to see, all readers together
 
     @property
     def emitted(self) -> int:
@@ -222,7 +223,9 @@ class EventReader:
 
     def poll(self) -> list[Event]:
         """Everything new since the last call."""
-        self.dropped += max(self._bus.oldest - self._next, 0)
+        missed = max(self._bus.oldest - self._next, 0)
+        self.dropped += missed
+        self._bus.dropped += missed
         events = self._bus.since(self._next)
         self._next = self._bus.emitted
         return events

@@ -246,4 +246,5 @@ class EngineLoop:
             prefill_tokens=marks.num_prefill_tokens,
             decode_tokens=marks.num_decode_tokens,
             prefill_tokens_per_s=self._prefill_rate,
+            events_dropped=self.engine.events.dropped,
         )

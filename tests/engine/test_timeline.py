@@ -244,6 +244,7 @@ def test_a_bus_that_overflows_says_how_much_it_lost() -> None:
         bus.request(f"r{i}", "entered", 0, 0, 0)
     seen = reader.poll()
     assert [event.seq for event in seen] == [6, 7, 8, 9] and reader.dropped == 6 and reader.poll() == []
+    assert bus.dropped == 6
     bus.request("r10", "entered", 0, 0, 0)
     assert [event.seq for event in reader.poll()] == [10] and bus.emitted == 11
     assert [event.seq for event in bus.reader(from_start=True).poll()] == [7, 8, 9, 10]

@@ -14,6 +14,7 @@ from nanovllm.observe.tracing import Tracer
 from nanovllm.serve import app
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.tracing import Traces
+from tests.serve.servers import LiveServer, thread_only
 from tests.serve.surface import Live, live_server
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -86,6 +87,18 @@ def test_what_a_request_leaves_in_the_metrics(live: Live) -> None:
     statuses = {status: more["vllm:http_requests_total", frozenset({("status", status)})] for status in ("400", "404")}
     assert statuses == {"400": 1, "404": 1}
     assert more["vllm:http_requests_total", frozenset({("status", "200")})] == 3  # the page before is one
+
+
+@thread_only("the reader that is too slow lives beside the engine")
+def test_events_that_a_reader_missed_are_counted(server: Callable[..., LiveServer]) -> None:
+    live = server(event_capacity=8)
+    assert live.engine is not None
+    name, reader = "\nnanovllm:event_bus_dropped_total{", live.engine.events.reader()
+    live.complete(max_tokens=20)
+    assert reader.poll() and reader.dropped > 0
+    live.complete()  # and the engine reports
+    line = live.get("/metrics").body.decode().partition(name)[2].partition("\n")[0]
+    assert float(line.rpartition(" ")[2]) == reader.dropped
 
 
 def test_the_loop_is_watched_while_the_server_runs(live: Live) -> None:

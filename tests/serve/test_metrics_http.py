@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -34,10 +35,11 @@ def live(exporter: InMemorySpanExporter) -> Iterator[Live]:
         return Traces(Tracer(exporter, service={"service.name": "test"}))
 
     settings = {"metrics_prefix": "vllm", "served_model_name": ("tiny", "alias"), "otlp_endpoint": "http://127.0.0.1:9"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "open_traces", traced)
-        with live_server(num_blocks=256, **settings) as live:
-            yield live
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(app, "open_traces", traced)
+            live = stack.enter_context(live_server(num_blocks=256, **settings))
+        yield live
 
 
 def page_of(live: Live) -> dict[tuple[str, Labels], float]:

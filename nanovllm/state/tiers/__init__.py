@@ -1,0 +1,1 @@
+"""Tiers: where bytes lie. One small protocol (`tier.py`), one file a tier."""

@@ -1,0 +1,96 @@
+"""Who owns a state folder: one process, told by a lock; and which schema the folder has.
+
+What it is: the lock file and the schema file. What it knows nothing about: what else lies in the folder.
+Invariants: the lock is the kernel's (`flock`), so that it ends with its process, however that ends; a
+folder of a newer schema is never written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from nanovllm.errors import StateFolderError
+
+SCHEMA = 1
+LOCK_FILE, SCHEMA_FILE = "LOCK", "SCHEMA"
+
+
+class Ownership:
+    """Held from construction to `close`. `read_only` looks in without owning, beside an owner if need be."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._fd = -1
+        try:
+            if not read_only:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                path.chmod(0o700)
+                _sync_names(path.parent)
+                self._fd = self._lock(path)
+            _check_schema(path, read_only)
+        except OSError as error:
+            self.close()
+            raise StateFolderError(f"The state folder {path} cannot be opened: {error.strerror}.") from error
+        except StateFolderError:
+            self.close()
+            raise
+
+    def _lock(self, path: Path) -> int:
+        fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise StateFolderError(
+                f"The state folder {path} is in use by process {holder or 'unknown'}.",
+                hint="Stop it, ask it over HTTP, or open the folder read-only.",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd
+
+    def close(self) -> None:
+        """Let the next one in; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _check_schema(path: Path, read_only: bool) -> None:
+    file = path / SCHEMA_FILE
+    if not file.exists():
+        if read_only:
+            raise StateFolderError(f"{path} is no state folder.", hint="Name the folder given to --state-dir.")
+        foreign = [name for name in os.listdir(path) if not name.startswith(LOCK_FILE)]
+        if foreign:
+            raise StateFolderError(f"{path} is no state folder and not empty.", hint="Name an empty or new folder.")
+        _write_synced(file, f"{SCHEMA}\n".encode())
+        return
+    text = file.read_bytes()[:32].decode(errors="replace").strip()
+    if text != str(SCHEMA):
+        raise StateFolderError(
+            f"The state folder {path} has schema {text!r}; this version reads {SCHEMA}.",
+            hint="Use the version that wrote it, or another folder.",
+        )
+
+
+def _write_synced(file: Path, data: bytes) -> None:
+    temporary = file.with_name(f"{LOCK_FILE}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, file)
+    _sync_names(file.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,157 @@
+"""The remote tier: a Valkey or Redis server that several engines may share.
+
+    nanovllm:<key hex>      u32 number of parts | MAC of the whole (32 bytes, or none)
+    nanovllm:<key hex>:<i>  part i of the sealed bytes
+
+What it is: sealed bytes in a server's memory, split into parts of `part_bytes`, because a server bounds a
+value (512 MiB by default) and answers others meanwhile. What it knows nothing about: who else writes
+there. Invariants: nothing the server sends is believed: the reader verifies the envelope, and with a
+`mac_key` this tier verifies a keyed BLAKE2b first, so that only who has the key can place state that is
+accepted. Every command has a socket timeout; room is the server's business (`maxmemory`): its refusal is
+a TierFullError. Keys expire after `ttl_s`, so that nothing outlives its last writer for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import redis
+
+from nanovllm.errors import TierError, TierFullError
+from nanovllm.state.tiers.tier import Found, Item
+
+PART_BYTES = 4 << 20
+MAX_PARTS = 4096
+MAC_BYTES = 32
+_COUNT = struct.Struct("<I")
+
+
+class RemoteTier:
+    """One server; one connection per thread that talks to it."""
+
+    name = "remote"
+    quota_bytes = None
+    used_bytes = 0  # not ours to count: others write there, too, and the server evicts
+    durable = False
+    shared = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        mac_key: bytes | None = None,
+        timeout_s: float = 2.0,
+        ttl_s: int = 86_400,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self._mac_key, self._ttl_s, self._part_bytes = mac_key, ttl_s, part_bytes
+        try:
+            self._client = redis.Redis.from_url(
+                url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None, health_check_interval=0
+            )
+        except (ValueError, redis.RedisError) as error:
+            raise TierError(f"The remote tier's address cannot be used: {error}.") from error
+
+    def write(self, items: Sequence[Item]) -> None:
+        """One round trip. The head is written last, so that a reader never finds it without its parts."""
+        with _server_errors():
+            pipe = self._client.pipeline(transaction=False)
+            for item in items:
+                starts = range(0, len(item.sealed), self._part_bytes)
+                for i, start in enumerate(starts):
+                    pipe.set(_part(item.key, i), item.sealed[start : start + self._part_bytes], ex=self._ttl_s)
+                pipe.set(_head(item.key), _COUNT.pack(len(starts)) + self._mac(item), ex=self._ttl_s)
+            pipe.execute()
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Two round trips: the heads, then the parts."""
+        with _server_errors():
+            heads = self._get([_head(key) for key in keys])
+            counts = [_count(head) for head in heads]
+            names = [_part(key, i) for key, count in zip(keys, counts) for i in range(count)]
+            parts = iter(self._get(names))
+        found = [[next(parts) for _ in range(count)] for count in counts]
+        return [self._whole(key, head, own) for key, head, own in zip(keys, heads, found)]
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """One round trip."""
+        with _server_errors():
+            pipe = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipe.exists(_head(key))
+            return [bool(answer) for answer in pipe.execute()]
+
+    def drop(self, keys: Sequence[bytes], *, scrub: bool = False) -> None:
+        """Heads and parts. What the server wrote into files of its own is the server's."""
+        with _server_errors():
+            heads = self._get([_head(key) for key in keys])
+            names = [_part(key, i) for key, head in zip(keys, heads) for i in range(_count(head))]
+            names += [_head(key) for key in keys]
+            if names:
+                self._client.unlink(*names)
+
+    def scan(self) -> Iterator[Found]:
+        """What a server holds is asked for key by key."""
+        return iter(())
+
+    def quarantine(self, key: bytes, sealed: bytes | None) -> None:
+        """Dropped: there is no place of ours on the server."""
+        self.drop([key])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _get(self, names: list[str]) -> list[bytes | None]:
+        values = self._client.mget(names) if names else []
+        return [value if isinstance(value, bytes) else None for value in values]
+
+    def _mac(self, item: Item) -> bytes:
+        return b"" if self._mac_key is None else mac_of(self._mac_key, item.key, item.sealed)
+
+    def _whole(self, key: bytes, head: bytes | None, parts: list[bytes | None]) -> bytes | None:
+        if head is None or not parts or any(part is None for part in parts):
+            return None
+        sealed = b"".join(part for part in parts if part is not None)
+        if self._mac_key is not None and not hmac.compare_digest(
+            head[_COUNT.size :], mac_of(self._mac_key, key, sealed)
+        ):
+            return b""  # nothing that verifies: the reader counts it
+        return sealed
+
+
+def mac_of(mac_key: bytes, key: bytes, sealed: bytes) -> bytes:
+    """Keyed BLAKE2b over where the bytes are to lie and the bytes."""
+    return hashlib.blake2b(key + sealed, key=mac_key[:64], digest_size=MAC_BYTES).digest()
+
+
+def _head(key: bytes) -> str:
+    return f"nanovllm:{key.hex()}"
+
+
+def _part(key: bytes, i: int) -> str:
+    return f"nanovllm:{key.hex()}:{i}"
+
+
+def _count(head: bytes | None) -> int:
+    """How many parts a head promises; 0 where it is no head."""
+    if head is None or len(head) < _COUNT.size:
+        return 0
+    count = int(_COUNT.unpack_from(head)[0])
+    return count if count <= MAX_PARTS else 0
+
+
+@contextmanager
+def _server_errors() -> Iterator[None]:
+    try:
+        yield
+    except redis.exceptions.OutOfMemoryError as error:
+        raise TierFullError("The remote tier's server is out of memory.") from error
+    except redis.RedisError as error:
+        raise TierError(f"The remote tier's server failed: {type(error).__name__}.") from error
+    except OSError as error:
+        raise TierError(f"The remote tier's server cannot be reached: {error.strerror}.") from error

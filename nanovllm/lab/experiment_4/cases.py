@@ -72,8 +72,8 @@ class Size:
         return generate(case, self.knobs(case, seed, vocab))
 
 
-FULL = Size(64, 640, 32, 20, 8, base_blocks=144, tight_blocks=24, roomy_blocks=384)
-QUICK = Size(48, 256, 16, 10, 5, base_blocks=60, tight_blocks=18, roomy_blocks=112)
+FULL = Size(64, 640, 40, 20, 8, base_blocks=144, tight_blocks=24, roomy_blocks=400)
+QUICK = Size(48, 256, 20, 12, 6, base_blocks=48, tight_blocks=18, roomy_blocks=136)
 
 
 @dataclass(frozen=True)

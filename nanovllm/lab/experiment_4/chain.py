@@ -2,21 +2,25 @@
 
     longer context -> more residency -> fewer live requests -> longer wait -> worse TTFT
 
-What it is: five links read off the base arm, and two interventions on the pool alone. What
-it knows nothing about: recordings, wording. Invariants: what would refute each part is fixed
-here, before any run; a part that fails makes the chain `refuted`, one that could not be tried
-(the pool never was the wall) makes it `not tested`; it is never left out.
+What it is: five links read off the base arm, and interventions on the pool alone. What it
+knows nothing about: files, wording. Invariants: what would refute each part is fixed here,
+before any run; a part that fails makes the chain `refuted`, and where the pool never was the
+wall it is `not tested`; it is never left out. Changes are paired: the same request with the
+same tokens, once on either pool.
 
     A link holds where the figure of long_ctx stands to short_ctx's as the chain says.
-    Roomy (for each case that waited for blocks in `base`) and tight, the reverse:
-      wall      blocks were waited for with the small pool, and not with the large one
-      queue     T_queue is smaller with the large pool in every repeat, and by more than both arms differ from themselves
+    An intervention (each case that waited for blocks in `base`, on the roomy pool; and the reverse, short_ctx
+    on the tight pool) holds where all of these do:
+      wall      with the small pool blocks were waited for, with the large one they never were
+      queue     T_queue falls in every repeat, and by more than runs of one arm differ
       prefill   T_prefill stays: its change is at most PREFILL_SHARE of T_queue's
-      ttft      TTFT is smaller with the large pool in every repeat
+      ttft      TTFT falls in every repeat
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -24,6 +28,7 @@ from nanovllm.lab.experiment_4.cases import CASES
 
 HOLDS, REFUTED, NOT_TESTED = "holds", "refuted", "not tested"
 PREFILL_SHARE = 0.1
+TERMS = ("T_queue", "T_prefill", "TTFT")
 LINKS = (  # name, how to read it off a row of the capacity table, and whether it grows along the chain
     ("context", lambda row: row["prompt_len"]["value"][-1], True),
     ("residency", lambda row: row["estimated_kv"]["per_request"][-1]["block_exact_bytes"], True),
@@ -31,18 +36,19 @@ LINKS = (  # name, how to read it off a row of the capacity table, and whether i
     ("queue_wait", lambda row: row["queue_wait"]["p50"], True),
     ("TTFT", lambda row: row["TTFT"]["p50"], True),
 )
+Terms = Mapping[str, Mapping[str, int]]  # request id -> term -> nanoseconds
 
 
-def make_chain(rows: list[dict[str, Any]], table: list[dict[str, Any]]) -> dict[str, Any]:
-    """The chain as plain data."""
+def make_chain(rows: list[dict[str, Any]], terms: Mapping[str, Terms], table: list[dict[str, Any]]) -> dict[str, Any]:
+    """The chain as plain data. `terms` holds each run's requests, by the run's name."""
     links = [_link(name, read(table[0]), read(table[1]), grows) for name, read, grows in LINKS]
-    interventions = [_intervention(case, "base", "roomy", rows) for case in CASES]
-    reverse = _intervention("short_ctx", "tight", "base", rows)
+    interventions = [_intervention(case, "base", "roomy", rows, terms) for case in CASES]
+    reverse = _intervention("short_ctx", "tight", "base", rows, terms)
     tried = [one for one in interventions if one["is_wall"]]
-    verdicts = [link["holds"] for link in links] + [one["verdict"] == HOLDS for one in (*tried, reverse)]
     is_tested = any(one["case"] == "long_ctx" for one in tried) and reverse["is_wall"]
+    holds = all(link["holds"] for link in links) and all(one["verdict"] == HOLDS for one in (*tried, reverse))
     return {
-        "verdict": NOT_TESTED if not is_tested else HOLDS if all(verdicts) else REFUTED,
+        "verdict": NOT_TESTED if not is_tested else HOLDS if holds else REFUTED,
         "links": links,
         "interventions": interventions,
         "reverse": reverse,
@@ -54,44 +60,55 @@ def _link(name: str, short: float, long: float, grows: bool) -> dict[str, Any]:
     return {"link": name, "short_ctx": short, "long_ctx": long, "holds": long > short if grows else long < short}
 
 
-def _intervention(case: str, small: str, large: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _intervention(
+    case: str, small: str, large: str, rows: list[dict[str, Any]], terms: Mapping[str, Terms]
+) -> dict[str, Any]:
     """One case on two pools that differ in their block count alone."""
-    with_small, with_large = (_repeats(rows, arm, case) for arm in (small, large))
-    waits = [sum(row["pool_waits"] for row in runs) for runs in (with_small, with_large)]
-    queue, prefill, ttft = (_change(with_small, with_large, name) for name in ("queue_ms", "prefill_ms", "ttft_ms"))
+    of_small, of_large = (_repeats(rows, arm, case) for arm in (small, large))
+    pools = [_pool(arm, of_arm) for arm, of_arm in ((small, of_small), (large, of_large))]
+    a, b = ([terms[row["run"]] for row in of_arm] for of_arm in (of_small, of_large))
+    changes = {term: _change(a, b, term, of_small[0]["label"]) for term in TERMS}
+    queue, prefill = changes["T_queue"], changes["T_prefill"]
+    is_wall = pools[0]["pool_waits"] > 0
     tests = {
-        "wall": waits[0] > 0 and waits[1] == 0,
-        "queue": queue["falls_in_every_repeat"] and -queue["change"] > queue["same_arm"],
+        "wall": is_wall and pools[1]["pool_waits"] == 0,
+        "queue": max(queue["change_of_repeats"]) < 0 and -queue["change"] > queue["same_arm"],
         "prefill": abs(prefill["change"]) <= PREFILL_SHARE * abs(queue["change"]),
-        "ttft": ttft["falls_in_every_repeat"],
+        "ttft": max(changes["TTFT"]["change_of_repeats"]) < 0,
     }
-    is_wall = waits[0] > 0
-    return {
-        "case": case,
-        "small_pool": {"arm": small, "num_blocks": with_small[0]["num_blocks"], "pool_waits": waits[0]},
-        "large_pool": {"arm": large, "num_blocks": with_large[0]["num_blocks"], "pool_waits": waits[1]},
-        "is_wall": is_wall,
-        "T_queue": queue,
-        "T_prefill": prefill,
-        "TTFT": ttft,
-        "tests": tests,
-        "verdict": NOT_TESTED if not is_wall else HOLDS if all(tests.values()) else REFUTED,
-    }
+    verdict = NOT_TESTED if not is_wall else HOLDS if all(tests.values()) else REFUTED
+    sides = {"small_pool": pools[0], "large_pool": pools[1]}
+    return {"case": case, **sides, "is_wall": is_wall, **changes, "tests": tests, "verdict": verdict}
+
+
+def _pool(arm: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"arm": arm, "num_blocks": rows[0]["num_blocks"], "pool_waits": sum(row["pool_waits"] for row in rows)}
 
 
 def _repeats(rows: list[dict[str, Any]], arm: str, case: str) -> list[dict[str, Any]]:
     return sorted((row for row in rows if (row["arm"], row["case"]) == (arm, case)), key=lambda row: int(row["repeat"]))
 
 
-def _change(small: list[dict[str, Any]], large: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Medians in milliseconds with either pool; `same_arm` is the most that runs of one arm differ."""
-    a, b = ([float(row[name]["p50"]) for row in runs] for runs in (small, large))
+def _change(small: Sequence[Terms], large: Sequence[Terms], term: str, label: str) -> dict[str, Any]:
+    """From the small pool to the large one, milliseconds. `same_arm`: the most that two runs of one arm differ."""
+    changes = [_paired_ms(a, b, term) for a, b in zip(small, large, strict=True)]
+    same = [abs(_paired_ms(a, b, term)) for arm in (small, large) for a, b in combinations(arm, 2)]
     return {
-        "small_pool": median(a),
-        "large_pool": median(b),
-        "change": round(median(b) - median(a), 3),
-        "same_arm": round(max(max(a) - min(a), max(b) - min(b)), 3),
-        "falls_in_every_repeat": all(y < x for x, y in zip(a, b, strict=True)),
+        "small_pool": _median_ms(small, term),
+        "large_pool": _median_ms(large, term),
+        "change": median(changes),
+        "change_of_repeats": changes,
+        "same_arm": max(same, default=0.0),
         "unit": "ms",
-        "label": small[0]["label"],
+        "label": label,
     }
+
+
+def _paired_ms(a: Terms, b: Terms, term: str) -> float:
+    """Median over the requests of what the term changes by for one and the same request."""
+    return round(median(b[name][term] - a[name][term] for name in a) / 1e6, 3)
+
+
+def _median_ms(runs: Sequence[Terms], term: str) -> float:
+    """Median over all requests of all repeats."""
+    return round(median(request[term] for run in runs for request in run.values()) / 1e6, 3)

@@ -17,6 +17,7 @@ from nanovllm.observe.paths import Replay
 from nanovllm.observe.run_summary import summary
 
 POOL_WAITS = ("blocks", "headroom")
+TOKEN_STAGES = ("first_token", "decode_step")
 GONE = ("preempted", "state_released", "output_complete", "aborted", "failed")
 
 
@@ -42,6 +43,15 @@ def run_figures(run: Replay) -> dict[str, Any]:
         "prefill_ms": _middle_and_tail(latency["prefill"]),
         "pool_waits": sum(wait.reason in POOL_WAITS for _, wait in run.waits),
         "other_waits": dict(sorted(Counter(w.reason for _, w in run.waits if w.reason not in POOL_WAITS).items())),
+    }
+
+
+def request_terms(run: Replay) -> dict[str, dict[str, int]]:
+    """The terms of each completed request, nanoseconds."""
+    times = {path.request_id: path.timeline for path in run.paths.values() if path.timeline.token_ns}
+    return {
+        name: {"T_queue": t.t_queue_ns or 0, "T_prefill": t.t_prefill_ns or 0, "TTFT": t.ttft_ns or 0}
+        for name, t in times.items()
     }
 
 
@@ -83,5 +93,6 @@ def estimate_error(run: Replay) -> int:
             if event.stage in GONE:
                 known.pop(event.request_id, None)
             elif event.stage == "scheduled" or event.request_id in known:
-                known[event.request_id] = event.prompt_len + event.generated_len
+                is_sampled = event.stage in TOKEN_STAGES  # told before the new token is counted
+                known[event.request_id] = event.prompt_len + event.generated_len + is_sampled
     return worst

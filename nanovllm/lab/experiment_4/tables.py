@@ -22,7 +22,7 @@ from typing import Any
 from nanovllm.lab.bundle import RAW
 from nanovllm.lab.experiment_4.cases import CASES, PlannedRun, Size
 from nanovllm.lab.experiment_4.chain import make_chain
-from nanovllm.lab.experiment_4.figures import run_figures
+from nanovllm.lab.experiment_4.figures import request_terms, run_figures
 from nanovllm.lab.experiment_4.statement import make_statement
 from nanovllm.observe.paths import Replay, replay
 from nanovllm.observe.prefix_trace import probe_trace, read_prefix_trace
@@ -75,7 +75,7 @@ def make_tables(recorded: list[RecordedRun], size: Size) -> dict[str, Any]:
         "capacity_table": table,
         "total_blocks": _total_blocks(rows, header.label),
         "probe": _probe(recorded),
-        "chain": make_chain(rows, table),
+        "chain": make_chain(rows, {run.planned.name: request_terms(run.replay) for run in recorded}, table),
         "statement": make_statement(header.label),
         "observer": None,
     }

@@ -40,6 +40,10 @@ class Bar:
 ENGINE = "python benchmarks/engine.py"
 OVERHEAD = "python benchmarks/server_overhead.py"
 REJECTIONS = "python benchmarks/rejections.py"
+CACHE = (
+    "python -m nanovllm lab cache benchmarks/traces/mooncake_conversation_trace.jsonl.gz "
+    "--policy pgdsf --capacity 10000 --requests 10000 --json"
+)
 OBSERVED = "python benchmarks/observation_cost.py"
 BARS = (
     Bar(2, "one stream, decode, against transformers eager", ENGINE, "workloads.one_stream.ratio", ">=", 1.5),
@@ -51,6 +55,7 @@ BARS = (
     Bar(
         5, "observation on, processor-s per token, upper 95 % bound, %", OBSERVED, "overhead_upper95_percent", "<=", 3.0
     ),
+    Bar(6, "cache simulator, one policy, one capacity, 10,000 requests, seconds", CACHE, "seconds", "<=", 10.0),
 )
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from nanovllm.cli.lab_cache import EXAMPLES as CACHE_EXAMPLES
+from nanovllm.cli.lab_cache import cache
 from nanovllm.errors import InvalidRequestError
 
 EXAMPLES = """Examples:
@@ -96,6 +98,9 @@ def check(
         print_verdict(verdict, lang)
     if verdict.findings:
         raise typer.Exit(1)
+
+
+lab.command(epilog=CACHE_EXAMPLES)(cache)
 
 
 def _known(experiment: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from nanovllm.core.clock import VirtualClock
 from nanovllm.core.cost_table import CostTable
+from nanovllm.errors import ConfigError
 from nanovllm.lab.cache_trace import KIND, Block, CacheTrace, Prompt
 from nanovllm.lab.clairvoyant import Clairvoyant
 from nanovllm.state.policies.policy import Policy
@@ -26,15 +27,21 @@ from nanovllm.state.policies.ttl import TTL
 from nanovllm.state.policies.victims import Victims
 
 LABEL = "simulated"
+MOST_SECONDS = 10**9
 
 
 @dataclass(frozen=True)
 class ReplaySetting:
-    """What is the same for all policies of a comparison."""
+    """What is the same for all policies of a comparison. Raises ConfigError on a lifetime that is none."""
 
     costs: CostTable
     ttl_s: float = 600.0
     half_life_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for param, seconds in (("ttl", self.ttl_s), ("half_life", self.half_life_s)):
+            if not (0 < seconds < MOST_SECONDS):
+                raise ConfigError(f"{param} is a number of seconds from 0 to {MOST_SECONDS:,}.", param=param)
 
     def cost_of(self, cached: int, new: int) -> float:
         """T(cached, new), milliseconds."""

@@ -100,6 +100,7 @@ SNAPSHOT = {
         "--range-ratio",
         "--prefix-len",
         "--vocab",
+        "--workload",
         "--prompts",
         "--temperature",
         "--ignore-eos",
@@ -134,6 +135,20 @@ SNAPSHOT = {
         "--help",
     },
     "lab check": {"--submission", "--json", "--lang", "--help"},
+    "lab cache": {
+        "--policy",
+        "--capacity",
+        "--requests",
+        "--ttl",
+        "--half-life",
+        "--scale",
+        "--hash-block",
+        "--cost",
+        "--kv-bytes",
+        "--plot",
+        "--json",
+        "--help",
+    },
 }
 
 

@@ -72,7 +72,7 @@ def test_every_text_lies_inside_the_picture(tmp_path: Path) -> None:
     for node in picture.iter(SVG + "text"):
         x, y, length = float(node.get("x", 0)), float(node.get("y", 0)), 7.5 * len(node.text or "")
         left = x - length * {"middle": 0.5, "end": 1.0}.get(node.get("text-anchor", ""), 0.0)
-        assert 0 <= left and left + length <= width and 0 < y < height, node.text
+        assert left >= 0 and left + length <= width and 0 < y < height, node.text
 
 
 def test_a_preempted_request_goes_back_to_the_queue(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What observation costs: processor-seconds per token, everything on against off. The last line is JSON.
 
-    python benchmarks/observation_cost.py                          # smollm2, 12 pairs of each kind, some minutes
+    python benchmarks/observation_cost.py                          # smollm2, 12 pairs of each kind, about ten minutes
     python benchmarks/observation_cost.py --parts probe            # one part alone
     python benchmarks/observation_cost.py --model tiny:random --pairs 2
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--pairs", type=int, default=12, help="of each kind; at least 2")
-    parser.add_argument("--sessions", type=int, default=16, help="requests a run")
+    parser.add_argument("--sessions", type=int, default=8, help="requests a run")
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     report = measure(parser.parse_args())

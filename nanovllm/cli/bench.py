@@ -30,6 +30,8 @@ EXAMPLES = """Examples:
 
   nanovllm bench serve --url http://127.0.0.1:8080 --endpoint completions --prompts questions.jsonl
 
+  nanovllm bench serve --workload rag --num-requests 64 --concurrency 8
+
   nanovllm bench serve --request-rate 8 --burstiness 0.5 --prefix-len 512 --warmup 4 --json
 
 Open loop: requests come at their time, whether or not earlier ones were answered. Closed loop (--concurrency): \
@@ -56,6 +58,9 @@ Prefix = Annotated[
 ]
 Vocab = Annotated[
     int | None, _flag("--vocab", "Token ids below this instead of words: exact lengths.", PROMPTS, min=1, max=MOST)
+]
+WorkloadName = Annotated[
+    str | None, _flag("--workload", "The lab's: short_ctx long_ctx mixed_ctx rag multi_tenant bursty.", PROMPTS)
 ]
 PromptFile = Annotated[
     Path | None,
@@ -104,6 +109,7 @@ def serve(
     range_ratio: Ratio = None,
     prefix_len: Prefix = None,
     vocab: Vocab = None,
+    workload: WorkloadName = None,
     prompts: PromptFile = None,
     temperature: Temperature = 0.0,
     ignore_eos: IgnoreEos = False,

@@ -18,12 +18,13 @@ from typing import Any
 
 from nanovllm import __version__
 from nanovllm.errors import InvalidRequestError
-from nanovllm.lab import load, prompts
+from nanovllm.lab import load, prompts, workload_prompts
 from nanovllm.lab.address import Address
 from nanovllm.lab.arrivals import arrival_times_ns
 from nanovllm.lab.client import first_model
 from nanovllm.lab.load_report import report
 from nanovllm.lab.outcome import judge
+from nanovllm.lab.workloads import Workload
 from nanovllm.observe.statistics import parse_slo
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -49,6 +50,7 @@ class BenchSettings:
     range_ratio: float | None = None
     prefix_len: int | None = None
     vocab: int | None = None
+    workload: str | None = None
     prompts: Path | None = None
     temperature: float = 0.0
     ignore_eos: bool = False
@@ -75,8 +77,13 @@ class BenchSettings:
             raise _refused("vocab", "needs the completions endpoint", "Add --endpoint completions.")
         made_up = ("input_len", "range_ratio", "prefix_len", "vocab")
         given = [name for name in made_up if getattr(self, name) is not None]
-        if self.prompts is not None and given:
-            raise _refused(given[0], "has no meaning for prompts of a file", "Leave it out, or --prompts.")
+        if self.prompts is not None and (given or self.workload):
+            raise _refused(
+                [*given, "workload"][0], "has no meaning for prompts of a file", "Leave it out, or --prompts."
+            )
+        lengths = [name for name in given if name != "vocab"]
+        if self.workload is not None and lengths:
+            raise _refused(lengths[0], "is a workload's own", "Leave it out, or --workload.")
 
     @property
     def rate(self) -> float:
@@ -87,7 +94,7 @@ class BenchSettings:
         """For the document: JSON knows no infinity and no paths."""
         shown = {**asdict(self), "prompts": self.prompts and str(self.prompts), "slo": list(self.slo)}
         del shown["slo_ms"]
-        if self.concurrency is None and math.isinf(self.rate):
+        if self.concurrency is None and self.workload is None and math.isinf(self.rate):
             shown["request_rate"] = "inf"
         return shown
 
@@ -103,18 +110,37 @@ def measure(
     warmup = _warm_up(address, settings)
     run = load.send(address, plan(settings, asked), on_start(len(asked)))
     outcomes = [judge(exchange) for exchange in run.exchanges]
+    workload = planned(settings)
     return {
         "benchmark": "serve",
         "label": "measured",
-        "settings": settings.as_dict(),
+        "settings": settings.as_dict() | ({} if workload is None else {"knobs": workload.knobs.as_dict()}),
         "versions": versions(run.server),
         "warmup": warmup,
         **report(outcomes, settings.slo_ms, wall_ns=run.wall_ns, cpu_ns=run.cpu_ns),
     }
 
 
+def planned(settings: BenchSettings) -> Workload | None:
+    """The workload that was asked for, with the knobs that were given; output_len is the benchmark's."""
+    if settings.workload is None:
+        return None
+    return workload_prompts.planned(
+        settings.workload,
+        seed=settings.seed,
+        sessions=settings.num_requests,
+        concurrency=settings.concurrency,
+        rate=settings.request_rate,
+        burstiness=None if math.isinf(settings.rate) else settings.burstiness,
+        output_len=settings.output_len,
+        vocab=settings.vocab,
+    )
+
+
 def asked_prompts(settings: BenchSettings) -> list[prompts.Prompt]:
     """The prompts of the measured run, in order."""
+    if workload := planned(settings):
+        return workload_prompts.prompts_of(workload, settings.vocab)
     if settings.prompts is None:
         return list(islice(prompts.made_up(shape(settings), settings.seed), settings.num_requests or DEFAULT_REQUESTS))
     found = prompts.from_file(settings.prompts, settings.output_len)
@@ -137,6 +163,8 @@ def plan(settings: BenchSettings, asked: list[prompts.Prompt]) -> load.Plan:
     path = PATHS[settings.endpoint]
     if settings.concurrency is not None:
         return load.Plan(path, bodies, settings.timeout, concurrency=settings.concurrency)
+    if workload := planned(settings):
+        return load.Plan(path, bodies, settings.timeout, arrivals_ns=workload_prompts.arrivals_of(workload))
     arrivals_ns = arrival_times_ns(len(asked), settings.rate, settings.burstiness, settings.seed)
     return load.Plan(path, bodies, settings.timeout, arrivals_ns=arrivals_ns)
 
@@ -176,7 +204,9 @@ def _warm_up(address: Address, settings: BenchSettings) -> dict[str, int]:
     """Send requests of the same shape, one by one, that are measured nowhere."""
     if not settings.warmup:
         return {"requests": 0, "not_completed": 0}
-    if settings.prompts is None:
+    if settings.workload is not None:  # another seed: documents and system prompts of its own
+        asked = asked_prompts(replace(settings, seed=settings.seed + 2**33, num_requests=settings.warmup))
+    elif settings.prompts is None:
         asked = list(islice(prompts.made_up(shape(settings), settings.seed, "warm-up"), settings.warmup))
     else:
         asked = prompts.repeated(prompts.from_file(settings.prompts, settings.output_len), settings.warmup)

@@ -56,6 +56,18 @@ def test_json_alone_and_the_same_seed_sends_the_same(nanovllm: Run) -> None:
     assert sent[0] == sent[1] != sent[2]
 
 
+def test_a_workload_of_the_lab_is_sent(nanovllm: Run) -> None:
+    with ScriptedServer(fine) as server:
+        arguments = ("--workload", "rag", "--num-requests", "4", "--concurrency", "2", "--warmup", "1", "--json")
+        done = nanovllm(*BENCH, server.url, *arguments)
+    found = document(done)
+    assert done.returncode == 0 and found["requests"]["completed"] == 4 and len(server.posts()) == 5
+    assert found["settings"]["workload"] == "rag" and found["settings"]["knobs"]["documents"] == 3
+    texts = [seen.body["messages"][0]["content"] for seen in server.posts()]
+    begins = [text.split()[:32] for text in texts]
+    assert begins[0] != begins[1] == begins[2]  # the warm-up has a system prompt of its own
+
+
 def test_rejections_are_no_failure_of_the_run(nanovllm: Run) -> None:
     def script(seen: Seen) -> Iterable[Step]:
         refused = {0: "503 Service Unavailable", 1: "429 Too Many Requests"}.get(seen.number)

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, NanoVLLMError
 from nanovllm.lab.arrivals import arrival_times_ns
 from nanovllm.lab.prompts import Prompt, Shape, from_file, made_up, repeated
 from nanovllm.lab.serve_bench import BenchSettings, asked_prompts, plan, request_body
+from nanovllm.lab.workloads import generate
 
 
 @given(st.integers(1, 50), st.floats(0.01, 1e6), st.floats(0.05, 50), st.integers(0, 2**32))
@@ -160,3 +161,36 @@ def test_a_plan_is_open_or_closed() -> None:
     opened = plan(BenchSettings(request_rate=2.0, endpoint="completions"), asked)
     assert (closed.concurrency, closed.arrivals_ns, closed.path) == (2, None, "/v1/chat/completions")
     assert opened.arrivals_ns == arrival_times_ns(3, 2.0, 1.0, 0) and opened.path == "/v1/completions"
+
+
+def test_a_workload_is_its_plan() -> None:
+    """Request by request, as words or as ids; what is given turns its knobs, what is not stays its own."""
+    settings = BenchSettings(workload="bursty", num_requests=6, seed=3)
+    workload = generate("bursty", sessions=6, seed=3, output_len=64)
+    asked = asked_prompts(settings)
+    assert [len(str(prompt.content).split()) for prompt in asked] == [*workload.prompt_lens().values()]
+    assert [prompt.output_len for prompt in asked] == [request.output_len for request in workload.requests]
+    assert plan(settings, asked).arrivals_ns == [request.arrival_ns for request in workload.requests]
+    assert max(plan(settings, asked).arrivals_ns or []) > 0  # the workload's own rate
+    ids = BenchSettings(workload="rag", num_requests=3, vocab=50, endpoint="completions", concurrency=2)
+    first = generate("rag", sessions=3, vocab=50, output_len=64, concurrency=2).requests[0]
+    assert asked_prompts(ids)[0].content == [token for part in first.parts for token in part.token_ids]
+    assert plan(ids, asked_prompts(ids)).concurrency == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"workload": "multi_turn"}, "need earlier answers"),
+        ({"workload": "ragg"}, "rag"),
+    ],
+)
+def test_a_workload_that_cannot_be_sent_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(NanoVLLMError, match=words):
+        asked_prompts(BenchSettings(**settings))
+
+
+@pytest.mark.parametrize("more", [{"input_len": 5}, {"prefix_len": 5}, {"prompts": Path("a")}])
+def test_a_workload_has_lengths_of_its_own(more: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"own|no meaning"):
+        BenchSettings(workload="rag", **more)

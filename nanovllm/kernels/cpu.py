@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.interface import Linear
+from nanovllm.kernels.packed_linear import PackedLinear, sizes
 from nanovllm.kernels.paged import PagedKernels
 from nanovllm.kernels.reference import ReferenceKernels
 
@@ -24,9 +25,12 @@ class CpuKernels(PagedKernels):
         """`weight` is copied into oneDNN's layout; the caller may drop its own copy."""
         if not torch.backends.mkldnn.is_available():
             return ReferenceKernels.linear(self, weight, bias)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        product = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: product(x, packed, bias, "none", [], "")
+        return PackedLinear(weight, bias)
+
+    def padded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Up to the next number of rows that is compiled anyhow, here once rather than in every linear."""
+        missing = sum(sizes(len(ids))) - len(ids)
+        return torch.cat((ids, ids[:1].expand(missing))) if missing else ids
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """torch's fused norm, float32 inside."""

@@ -58,6 +58,13 @@ class Kernels(Protocol):
         """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it."""
         ...
 
+    def padded(self, ids: torch.Tensor) -> torch.Tensor:
+        """`ids` [N], or with some of them repeated behind: a number of rows that `linear` takes without copies.
+
+        Rows beyond the N of a step's plan are computed with the others, and mean nothing.
+        """
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / rms(x) * weight over the last dimension, accumulated in float32 (arXiv 1910.07467)."""
         ...
@@ -77,5 +84,5 @@ class Kernels(Protocol):
     def attention(
         self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """Write k, v [N, G, D] into the pool, then attend q [N, H, D] over it: [N, H * D]."""
+        """Write k, v [N, G, D] into the pool, then attend q [N, H, D] over it: [N, H * D]; more rows are ignored."""
         ...

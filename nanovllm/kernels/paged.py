@@ -49,6 +49,7 @@ class PrefillChunk:
 class PagedPlan:
     """All indices of one step."""
 
+    num_tokens: int  # N
     pool: torch.Tensor  # [blocks, layers, 2, G, block_size, D]
     geometry: AttentionGeometry
     by_block: torch.Tensor  # [blocks * layers * 2 * G, block_size * D], a view
@@ -71,6 +72,7 @@ class PagedKernels(ReferenceKernels):
         write = layout.slot_blocks[:, None] * (layers * 2 * kv_heads) + heads  # [N, G]
         starts = np.cumsum(layout.query_lens) - layout.query_lens
         return PagedPlan(
+            num_tokens=len(layout.positions),
             pool=pool,
             geometry=geometry,
             by_block=pool.view(-1, block_size * head_dim),
@@ -90,12 +92,15 @@ class PagedKernels(ReferenceKernels):
     ) -> torch.Tensor:
         """Store first: a prompt's own keys are read back from its blocks like everybody else's."""
         assert isinstance(plan, PagedPlan)
-        self._store(plan, layer, k, v)
-        if plan.groups and plan.groups[0].rows is None:
+        count = plan.num_tokens
+        self._store(plan, layer, k[:count], v[:count])
+        if plan.groups and plan.groups[0].rows is None and count == len(q):
             return self._decode(plan, layer, plan.groups[0], q).flatten(1)
         out = torch.empty_like(q)
+        out[count:] = 0
         for group in plan.groups:
-            out[group.rows] = self._decode(plan, layer, group, q[group.rows])
+            rows = slice(count) if group.rows is None else group.rows
+            out[rows] = self._decode(plan, layer, group, q[rows])
         for chunk in plan.chunks:
             out[chunk.start : chunk.stop] = self._prefill(plan, layer, chunk, q[chunk.start : chunk.stop])
         return out.flatten(1)

@@ -32,6 +32,10 @@ class ReferenceKernels:
         """Unpacked matrix product."""
         return lambda x: F.linear(x, weight, bias)
 
+    def padded(self, ids: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return ids
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Normalise in float32, round, then scale: the order of the published models."""
         wide = x.float()
@@ -58,9 +62,10 @@ class ReferenceKernels:
         """Store, then one sequence after the other: gather its blocks, mask, softmax in float32."""
         assert isinstance(plan, ReferencePlan)
         layout, pool = plan.layout, plan.pool
-        pool[layout.slot_blocks, layer, 0, :, layout.slot_offsets] = k
-        pool[layout.slot_blocks, layer, 1, :, layout.slot_offsets] = v
-        out, start = torch.empty_like(q), 0
+        count = len(layout.positions)
+        pool[layout.slot_blocks, layer, 0, :, layout.slot_offsets] = k[:count]
+        pool[layout.slot_blocks, layer, 1, :, layout.slot_offsets] = v[:count]
+        out, start = torch.zeros_like(q), 0
         for i, (length, context) in enumerate(zip(layout.query_lens, layout.context_lens, strict=True)):
             keys, values = gather(pool, layer, layout.block_tables[i], int(context))
             out[start : start + length] = attend(q[start : start + length], keys, values, plan.geometry)

@@ -99,8 +99,8 @@ class DecoderModel:
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
     ) -> torch.Tensor:
         """token_ids, positions [N]; `last` [M] are the tokens whose successor is wanted. Returns logits [M, vocab]."""
-        x = F.embedding(token_ids, self.embedding)  # [N, hidden]
-        cos, sin = self.rotations(positions)
+        x = F.embedding(self.kernels.padded(token_ids), self.embedding)  # [N, hidden], or some more rows
+        cos, sin = self.rotations(self.kernels.padded(positions))
         for i, layer in enumerate(self.layers):
             x = x + self.attend(i, layer, self.norm(x, layer.input_norm), cos, sin, plan)
             x = x + layer.down(self.kernels.silu_mul(layer.gate_up(self.norm(x, layer.post_norm))))

@@ -183,6 +183,27 @@ def attend(kernels: Kernels, step: Step, pool: torch.Tensor, layer: int = 1) -> 
     return kernels.attention(plan, layer, *step.qkv(pool.dtype))
 
 
+@pytest.mark.parametrize("kernels", [REFERENCE, *FAST], ids=lambda kernels: kernels.name)
+@settings(thorough, max_examples=20)
+@given(step=steps(), extra=st.integers(1, 9))
+def test_rows_beyond_the_plan_are_ignored(kernels: Kernels, step: Step, extra: int) -> None:
+    """A step padded for the linears: the same KV and outputs, and numbers, whatever they are, in the other rows."""
+    ours, theirs = step.pool(torch.float32), step.pool(torch.float32)
+    expected = attend(kernels, step, theirs)
+    wider = [torch.cat((part, torch.full_like(part[:1], 7.0).expand(extra, -1, -1))) for part in step.qkv(ours.dtype)]
+    out = kernels.attention(kernels.plan(step.layout(), ours, step.geometry), 1, *wider)
+    assert torch.equal(out[: len(expected)], expected) and out.shape[0] == len(expected) + extra
+    assert out.isfinite().all() and torch.equal(ours, theirs)
+
+
+@given(count=st.integers(0, 3000))
+def test_padding_a_step_keeps_its_tokens_first(count: int) -> None:
+    ids = torch.arange(count)
+    padded = CpuKernels().padded(ids)
+    assert torch.equal(padded[:count], ids) and len(padded) < count + 8
+    assert len(CpuKernels().padded(padded)) == len(padded)  # no linear pads again
+
+
 @fast
 @both_dtypes
 @settings(thorough, max_examples=80)

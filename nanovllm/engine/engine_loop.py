@@ -120,7 +120,7 @@ class EngineLoop:
             self._enter(message, params)
             return
         self._compiling[message.request_id] = message
-        compiling = self.engine.parts.grammars.prepare(params.grammar)
+        compiling = self.engine.parts.grammars.prepare(params.grammar, message.namespace)
         compiling.add_done_callback(lambda done: self._inbox.put(Compiled(message, done.exception())))
 
     def _go_on(self, compiled: Compiled) -> None:

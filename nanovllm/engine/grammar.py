@@ -3,14 +3,16 @@
 What it is: the seam to llguidance. What it knows nothing about: schedules, HTTP, logits.
 How a caller uses it, from the thread that drives the engine or any other:
 
-    future = engine.parts.grammars.prepare(params.grammar)   # at once; a known grammar's future is done already
+    future = engine.parts.grammars.prepare(params.grammar, namespace)   # at once; done already where it is known
     future.add_done_callback(...)  or  future.done()         # a compilation takes about 0.2 s, 2 CPU seconds at most
     future.exception()                                       # None, or the NanoVLLMError to refuse the request with
     engine.add_request(prompt, params)                       # finds it compiled; where it is not, compiles and waits
 
 The future cannot be cancelled: others may wait for the same one. `CompiledGrammar.start` gives
 a sequence its own `Constraint`. Invariants: a grammar that came through `prepare` was built in a
-disposable process first (grammar_check.py says why); at most two are compiled at once; 64 are kept.
+disposable process first (grammar_check.py says why); at most two of one namespace are compiled at once, and
+nobody waits behind all of another's; 64 are kept, each for its own namespace, so that how long a compilation
+takes tells nothing about others.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,9 +29,12 @@ from numpy.typing import NDArray
 
 from nanovllm.core.grammar import Grammar
 from nanovllm.engine.grammar_check import ByteVocabulary, build, check
-from nanovllm.errors import ExecutionError, InvalidRequestError, NanoVLLMError, UnsupportedParameterError
+from nanovllm.engine.turns import Turns
+from nanovllm.errors import BusyError, ExecutionError, InvalidRequestError, NanoVLLMError, UnsupportedParameterError
 
-MAX_AT_ONCE, MAX_KEPT, MAX_SHOWN = 2, 64, 300
+MAX_AT_ONCE, MAX_EACH = 3, 2  # compilations, of all and of one namespace
+MAX_WAITING, MAX_KEPT, MAX_SHOWN = 64, 64, 300
+Key = tuple[str, Grammar]  # the namespace first
 Mask = NDArray[np.uint32]
 
 
@@ -87,40 +93,46 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Vocabulary, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
         self._tokenizer, self._eos_token_ids, self._vocab_size = tokenizer, eos_token_ids, vocab_size
-        self._kept: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
-        self._workers = ThreadPoolExecutor(MAX_AT_ONCE, "grammar")  # starts its threads when it is first used
+        self._kept: OrderedDict[Key, Future[CompiledGrammar]] = OrderedDict()
+        self._turns = Turns(MAX_AT_ONCE, MAX_EACH, "grammar")
         self._lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._ll_tokenizer: Any = None
 
-    def prepare(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """The compiled grammar, or the NanoVLLMError that it deserves, when there is one. Any thread may call this."""
+    def prepare(self, grammar: Grammar, namespace: str = "") -> Future[CompiledGrammar]:
+        """The compiled grammar, or the NanoVLLMError that it deserves, when there is one. Any thread may call this.
+
+        Raises BusyError where too many of this namespace wait.
+        """
+        key = namespace, grammar
         with self._lock:
-            future = self._kept.get(grammar)
+            future = self._kept.get(key)
             if future is None:
+                if self._turns.num_waiting(namespace) >= MAX_WAITING:  # of clients that left, perhaps
+                    raise BusyError("Too many grammars wait to be compiled.", hint="Try again later.")
                 future = Future()
                 future.set_running_or_notify_cancel()
-                self._workers.submit(self._compile_into, future, grammar)  # raises once closed: then nothing is kept
-                self._kept[grammar] = future
-            self._kept.move_to_end(grammar)
+                self._turns.submit(namespace, partial(self._compile_into, future, key))  # once closed: nothing is kept
+                self._kept[key] = future
+            self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
         return future
 
-    def compiled(self, grammar: Grammar) -> CompiledGrammar:
+    def compiled(self, grammar: Grammar, namespace: str = "") -> CompiledGrammar:
         """The same, waited for. Raises what is wrong with the grammar."""
-        return self.prepare(grammar).result()
+        return self.prepare(grammar, namespace).result()
 
     def close(self) -> None:
         """No more compilations; those under way end by themselves."""
-        self._workers.shutdown(wait=False)
+        self._turns.close()
 
-    def _compile_into(self, future: Future[CompiledGrammar], grammar: Grammar) -> None:
+    def _compile_into(self, future: Future[CompiledGrammar], key: Key) -> None:
         try:
-            future.set_result(self._compile(grammar))
+            future.set_result(self._compile(key[1]))
         except BaseException as error:  # noqa: BLE001  whatever it is, a panic of llguidance too: somebody waits for it
             with self._lock:
-                if self._kept.get(grammar) is future:  # the next request may find the machine less busy
-                    del self._kept[grammar]
+                if self._kept.get(key) is future:  # the next request may find the machine less busy
+                    del self._kept[key]
             failure = error if isinstance(error, NanoVLLMError) else ExecutionError("The grammar's compiler failed.")
             failure.__cause__ = None if failure is error else error
             future.set_exception(failure)

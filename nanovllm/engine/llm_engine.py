@@ -317,7 +317,8 @@ class LLMEngine:
     def _enqueue(self, request_id: str, seqs: list[Sequence], template_tokens: int | None) -> None:
         """Into the book and the queue, or, where one of them refuses, into neither."""
         wanted = [(seq, seq.sampling_params.grammar) for seq in seqs]
-        grammars = {seq: self.parts.grammars.compiled(grammar) for seq, grammar in wanted if grammar is not None}
+        compiled = self.parts.grammars.compiled
+        grammars = {seq: compiled(grammar, seq.namespace) for seq, grammar in wanted if grammar is not None}
         self.book.open(request_id, seqs, template_tokens, grammars)
         try:
             for seq in seqs:

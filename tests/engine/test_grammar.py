@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
+from threading import Event, Semaphore
 from typing import Any
 from unittest.mock import patch
 
@@ -20,11 +21,11 @@ from hypothesis import strategies as st
 from nanovllm import LLM, Grammar, SamplingParams
 from nanovllm.core.grammar import MAX_BYTES, MAX_DEPTH
 from nanovllm.engine.exec_batch import ExecBatch
-from nanovllm.engine.grammar import MAX_KEPT, GrammarCompiler
+from nanovllm.engine.grammar import MAX_EACH, MAX_KEPT, MAX_WAITING, GrammarCompiler
 from nanovllm.engine.sampler import Sampler
 from nanovllm.engine.sampling_batch import SamplingBatch
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import ExecutionError, InvalidRequestError, UnsupportedParameterError
+from nanovllm.errors import BusyError, ExecutionError, InvalidRequestError, UnsupportedParameterError
 from nanovllm.models.byte_tokenizer import ByteTokenizer
 
 PERSON = {
@@ -186,6 +187,30 @@ def test_a_future_is_shared_and_at_most_64_grammars_are_kept() -> None:
         compiler.compiled(Grammar.regex("a{63}b"))
         compiler.compiled(Grammar.regex("a{0}b"))  # the oldest is gone
         assert checked.call_count == MAX_KEPT + 2
+    compiler.close()
+
+
+def test_one_tenants_grammars_hold_up_nobody_elses() -> None:
+    """Two of one namespace at once, however many wait; another's is compiled meanwhile; a flood is refused."""
+    compiler, go_on, begun = GrammarCompiler(ByteTokenizer(), (257,), 260), Event(), Semaphore(0)
+
+    def stalling(kind: str, text: str) -> None:
+        if text.startswith("bomb"):
+            begun.release()
+            assert go_on.wait(60)
+
+    with patch("nanovllm.engine.grammar.check", side_effect=stalling) as checked:
+        bombs = [compiler.prepare(Grammar.regex(f"bomb{i}"), "mallory") for i in range(MAX_EACH + MAX_WAITING)]
+        for _ in range(MAX_EACH):
+            assert begun.acquire(timeout=60)
+        with pytest.raises(BusyError, match="wait to be compiled"):
+            compiler.prepare(Grammar.regex("bomb"), "mallory")
+        compiler.compiled(SCHEMA, "alice")
+        assert checked.call_count == MAX_EACH + 1 and not any(bomb.done() for bomb in bombs)
+        compiler.compiled(SCHEMA, "bob")
+        assert checked.call_count == MAX_EACH + 2, "what alice had compiled, bob does not get sooner"
+        go_on.set()
+        assert not wait(bombs, timeout=60).not_done and compiler.prepare(Grammar.regex("bomb"), "mallory").result()
     compiler.close()
 
 

@@ -1,0 +1,135 @@
+"""The pack of experiment 4: made again it is the committed one, and a student can walk through it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from skeleton import signatures
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = ROOT / "course/experiments/experiment_4_KV状态与缓存组织实验/assignment_spring-2026"
+SOLUTIONS = ROOT / "tests/course/solutions"
+OBSERVERS = {"state_counter": "StateCounter", "prefix_probe": "PrefixProbe"}
+QUICK = ("--simulated", "--quick")
+FENCE = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def sheet(lang: str) -> str:
+    return (PACK / f"README.{lang}.md").read_text(encoding="utf-8")
+
+
+def commands(lang: str) -> list[list[str]]:
+    """Every line of every fence of the sheet."""
+    return [shlex.split(line) for fence in FENCE.findall(sheet(lang)) for line in fence.splitlines()]
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# -- the pack --------------------------------------------------------------------------------------
+
+
+def test_made_again_it_is_the_committed_one_byte_for_byte(tmp_path: Path) -> None:
+    script = [sys.executable, "scripts/teaching/prepare_assignment.py", "--experiment", "4", "--out", str(tmp_path)]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    made = files_under(tmp_path / PACK.relative_to(ROOT / "course/experiments"))
+    assert made == files_under(PACK)
+    digests = json.loads(made.pop("manifest.json"))["sha256"]
+    assert digests == {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_every_symbol_is_there(lang: str) -> None:
+    """`file::symbol`, of the checkout or of the pack; every task but the writing of results names some."""
+    tasks = re.split(r"^### ", sheet(lang), flags=re.MULTILINE)[1:]
+    found = [re.findall(r"`([\w./]+\.py)::([\w.]+)`", task) for task in tasks]
+    assert [bool(symbols) for symbols in found] == [True] * 4 + [False]
+    for file, name in re.findall(r"`([\w./]+\.py)::([\w.]+)`", sheet(lang)):
+        path = PACK / file if file.startswith("starter/") else ROOT / file
+        known = [line.split("(")[0] for line in signatures(path.read_text(encoding="utf-8"))]
+        assert f"class {name}" in known or f"def {name}" in known, f"{file}::{name}"
+
+
+def test_both_languages_have_the_same_shape() -> None:
+    """Twelve parts, five tasks, 85 minutes, the same tables, names and commands; only --lang differs."""
+    shapes = []
+    for lang in ("en", "zh"):
+        text = sheet(lang)
+        assert [int(n) for n in re.findall(r"^## (\d+)\.", text, re.MULTILINE)] == [*range(1, 13)]
+        assert sum(int(n) for n in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)) == 85
+        levels = re.findall(r"^#+", text, re.MULTILINE)
+        spoken = [[word for word in command if word != lang] for command in commands(lang)]
+        rows = [row.count("|") for row in re.findall(r"^\|.*", text, re.MULTILINE)]
+        shapes.append((levels, spoken, rows, sorted(re.findall(r"`([\w./]+\.py::[\w.]+)`", text))))
+    assert shapes[0] == shapes[1]
+
+
+def test_columns_and_cases_are_the_labs() -> None:
+    text = sheet("zh")
+    assert "| case | prompt_len | concurrency | live_requests | estimated_kv | TTFT | queue_wait | 解释 |" in text
+    assert all(f"\n| {case} |" in text for case in ("short_ctx", "long_ctx", "mixed_ctx"))
+    assert "10" in text and [*re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == ["10", "20", "25", "20", "10"]
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_a_starter_says_nothing_of_its_solution(name: str) -> None:
+    """Same signatures; every marked body is its hints and an error that names the task."""
+    solution = (SOLUTIONS / f"{name}.py").read_text(encoding="utf-8")
+    starter = (PACK / f"starter/{name}.py").read_text(encoding="utf-8")
+    assert signatures(starter) == signatures(solution)
+    assert starter.count("raise NotImplementedError") == solution.count("BEGIN SOLUTION") == 2
+    assert "SOLUTION" not in starter and "PROMPT" not in starter and "# TODO exp4_t4" in starter
+
+
+# -- the student's way -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the pack, and in it."""
+    copy = tmp_path / "my_experiment_4"
+    shutil.copytree(PACK, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_each_command_of_the_sheet_runs(nanovllm: Run, desk: Path, lang: str) -> None:
+    """In the sheet's order, task 4 solved, the lab on the virtual clock; the last asks for what is not written yet."""
+    shutil.copy(SOLUTIONS / "state_counter.py", desk / "starter")
+    *walk, last = commands(lang)
+    for command in walk:
+        runs_lab = command[1:3] == ["lab", "run"]
+        done = nanovllm(*command[1:], *([flag for flag in QUICK if flag not in command] if runs_lab else []))
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    done = nanovllm(*last[1:])
+    assert done.returncode == 1 and "submission.md" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "solved"), OBSERVERS.items())
+def test_an_unsolved_starter_is_refused_by_task_and_line(nanovllm: Run, desk: Path, name: str, solved: str) -> None:
+    done = nanovllm("lab", "run", "4", "--out", "runs/try", *QUICK, "--observer", f"starter/{name}.py:{solved}")
+    assert done.returncode != 0
+    assert f"{name}.py:{solved}, line " in done.stderr and "实验4-任务4 / experiment 4, task 4" in done.stderr
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_a_model_solution_passes(nanovllm: Run, desk: Path, name: str) -> None:
+    """Also on another seed: figures that are learnt by heart do not."""
+    observer = f"{SOLUTIONS / name}.py:{OBSERVERS[name]}"
+    run = nanovllm("lab", "run", "4", "--out", "runs/try", *QUICK, "--seed", "7", "--observer", observer)
+    assert run.returncode == 0, run.stderr
+    done = nanovllm("lab", "check", "4", "runs/try")
+    assert done.returncode == 0, done.stdout

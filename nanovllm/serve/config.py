@@ -56,7 +56,6 @@ class Limits:
     schema_bytes: int = _setting(64 * 2**10, "largest JSON schema or grammar, bytes", 1)
     schema_depth: int = _setting(32, "deepest nesting of a JSON schema", 1, 512)
     tools: int = _setting(128, "tools one request offers", 0)
-    grammar_seconds: float = _seconds(2.0, "longest compilation of a grammar")
 
     def __post_init__(self) -> None:
         _check(self, LIMIT_PREFIX)

@@ -81,6 +81,9 @@ def check_limits(body: Sampling, limits: Limits) -> None:
         size = value if isinstance(value, int) else len(value) if isinstance(value, list | dict) else 0
         if size > most:
             raise InvalidRequestError(f"{field} exceeds this server's limit of {most}.", param=field)
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if any(len(text.encode()) > limits.stop_bytes for text in stop):
+        raise InvalidRequestError(f"A stop string has more than {limits.stop_bytes} bytes.", param="stop")
 
 
 def streaming_of(body: Sampling) -> Streaming:

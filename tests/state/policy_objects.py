@@ -32,7 +32,7 @@ def policy_of(name: str, clock: VirtualClock | None = None) -> Policy:
 
 
 class NaiveVictims:
-    """Every object with its score and the turn in which it was last offered; the minimum by search."""
+    """Every object with the turn in which it was last touched; the minimum by search."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -44,25 +44,17 @@ class NaiveVictims:
     def is_held(self, key: str) -> bool:
         return bool(self.outside.get(key)) or any(thing.parent_key == key for thing in self.things.values())
 
-    def offer(self, key: str) -> None:
-        if key in self.things and not self.is_held(key):
-            self.now += 1
-            self.turn[key] = self.now
-
     def touch(self, thing: Thing, cached: int, new: int, hit: bool) -> None:
         self.policy.on_access(thing, cached, new, hit)
         self.things[thing.key] = thing
-        self.offer(thing.key)
+        self.now += 1
+        self.turn[thing.key] = self.now
+
+    def candidates(self, namespace: str | None = None) -> list[Thing]:
+        """The next victim first."""
+        free = [thing for key, thing in self.things.items() if not self.is_held(key)]
+        ours = [thing for thing in free if namespace in (None, thing.namespace)]
+        return sorted(ours, key=lambda thing: (self.policy.score(thing), self.turn[thing.key]))
 
     def next_victim(self, namespace: str | None = None) -> Thing | None:
-        rows = [
-            (self.policy.score(thing), self.turn[key], key)
-            for key, thing in self.things.items()
-            if not self.is_held(key) and namespace in (None, thing.namespace)
-        ]
-        return self.things[min(rows)[2]] if rows else None
-
-    def remove(self, thing: Thing) -> None:
-        del self.things[thing.key]
-        if thing.parent_key is not None:
-            self.offer(thing.parent_key)
+        return next(iter(self.candidates(namespace)), None)

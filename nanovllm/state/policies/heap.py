@@ -1,7 +1,7 @@
 """A heap of scores whose entries can be changed and removed.
 
-What it is: keys by score, the lowest first; equal scores in the order in which they were pushed. What it knows
-nothing about: what the keys stand for. Invariants: `push` and `discard` are O(log n) amortised, `peek` too; a
+What it is: keys by score, the lowest first; of equal scores the one with the lower `turn`. What it knows nothing
+about: what keys and turns stand for. Invariants: `push` and `peek` are O(log n) amortised, `discard` is O(1); a
 replaced entry stays inside until it comes up, and those never outnumber the live ones by more than SLACK.
 """
 
@@ -18,16 +18,14 @@ class ScoreHeap:
 
     def __init__(self) -> None:
         self._entries: list[tuple[float, int, Hashable]] = []
-        self._live: dict[Hashable, int] = {}  # key -> turn of its only true entry
-        self._turn = 0
+        self._live: dict[Hashable, tuple[float, int, Hashable]] = {}  # key -> its only true entry
 
-    def push(self, key: Hashable, score: float) -> None:
-        """Put in, or give a new score."""
-        self._turn += 1
-        self._live[key] = self._turn
-        heappush(self._entries, (score, self._turn, key))
+    def push(self, key: Hashable, score: float, turn: int) -> None:
+        """Put in, or give a new score. No two keys have one turn."""
+        self._live[key] = entry = (score, turn, key)
+        heappush(self._entries, entry)
         if len(self._entries) > 2 * len(self._live) + SLACK:
-            self._entries = [entry for entry in self._entries if self._live.get(entry[2]) == entry[1]]
+            self._entries = list(self._live.values())
             heapify(self._entries)
 
     def discard(self, key: Hashable) -> None:
@@ -37,17 +35,14 @@ class ScoreHeap:
     def peek(self) -> Hashable | None:
         """The key with the lowest score; None when empty."""
         while self._entries:
-            _, turn, key = self._entries[0]
-            if self._live.get(key) == turn:
-                return key
+            entry = self._entries[0]
+            if self._live.get(entry[2]) == entry:
+                return entry[2]
             heappop(self._entries)
         return None
 
     def __len__(self) -> int:
         return len(self._live)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._live
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._live)

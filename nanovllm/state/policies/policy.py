@@ -6,7 +6,7 @@ bytes, who may go. Pins, leases, moves in flight, children and quotas are predic
 
 Invariants of every policy:
 - one instance serves one kind of object in one tier, so that its clock is that tier's own;
-- the lowest score goes first; equal scores go in the order in which they were last touched;
+- the lowest score goes first; of equal scores the one that was touched longest ago (the selection sees to it);
 - the score of an object changes only in `on_access` of that very object, so that a heap of scores stays true;
 - `on_access` is called for objects that are in the tier or are entering it, a demotion from the tier above included;
 - every call is O(1) or O(log n).

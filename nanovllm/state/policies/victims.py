@@ -4,9 +4,9 @@ What it is: the objects of one tier with the holds on them. A hold is any reason
 flight; a child is a hold on its parent, which makes eviction leaf-only. Quotas choose from whom to take
 (`namespace`). What it knows nothing about: why something is held, bytes, where the objects lie.
 
-Invariants: an object is a candidate exactly while it is here and nothing holds it; scores of different kinds are
-never compared; every call is O(log n) amortised, whatever is held (the first question about a namespace reads all of
-its kind once).
+Invariants: an object is a candidate exactly while it is here and nothing holds it; of equal scores the one that was
+touched longest ago goes first; scores of different kinds are never compared; every call is O(log n) amortised,
+whatever is held (the first question about a namespace reads all of its kind once).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Victims(Generic[T]):
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         self._policies = dict(policies)
         self._objects: dict[Hashable, T] = {}
+        self._touched: dict[Hashable, int] = {}  # when last, in touches
+        self._touches = 0
         self._holds: dict[Hashable, int] = {}
         self._heaps: dict[tuple[str, str | None], ScoreHeap] = {(kind, None): ScoreHeap() for kind in policies}
 
@@ -54,6 +56,8 @@ class Victims(Generic[T]):
         if key not in self._objects and obj.parent_key is not None:
             self.hold(obj.parent_key)
         self._objects[key] = obj
+        self._touches += 1
+        self._touched[key] = self._touches
         if key not in self._holds:
             self._offer(obj)
 
@@ -102,7 +106,7 @@ class Victims(Generic[T]):
     def ranked(self, kind: str, count: int) -> list[tuple[float, T]]:
         """The `count` next candidates with their scores, for a receipt. O(n log count)."""
         offered = ((self.score(obj), obj) for obj in (self._objects[key] for key in self._heaps[kind, None]))
-        return nsmallest(count, offered, key=lambda pair: pair[0])
+        return nsmallest(count, offered, key=lambda pair: (pair[0], self._touched[pair[1].key]))
 
     def _heap(self, kind: str, namespace: str | None) -> ScoreHeap:
         heap = self._heaps.get((kind, namespace))
@@ -110,7 +114,7 @@ class Victims(Generic[T]):
             heap = self._heaps[kind, namespace] = ScoreHeap()
             for obj in [self._objects[key] for key in self._heaps[kind, None]]:
                 if obj.namespace == namespace:
-                    heap.push(obj.key, self.score(obj))
+                    heap.push(obj.key, self.score(obj), self._touched[obj.key])
         return heap
 
     def _heaps_of(self, obj: T) -> list[ScoreHeap]:
@@ -120,7 +124,7 @@ class Victims(Generic[T]):
     def _offer(self, obj: T) -> None:
         score = self.score(obj)
         for heap in self._heaps_of(obj):
-            heap.push(obj.key, score)
+            heap.push(obj.key, score, self._touched[obj.key])
 
     def _withdraw(self, obj: T) -> None:
         for heap in self._heaps_of(obj):
@@ -128,6 +132,6 @@ class Victims(Generic[T]):
 
     def _remove(self, obj: T) -> None:
         self._withdraw(obj)
-        del self._objects[obj.key]
+        del self._objects[obj.key], self._touched[obj.key]
         if obj.parent_key is not None:
             self.release(obj.parent_key)

@@ -91,7 +91,7 @@ def check(
     from nanovllm.cli.lab_view import print_verdict
     from nanovllm.lab.experiment_4.check import check_bundle
 
-    verdict = check_bundle(bundle, submission=submission)
+    verdict = check_bundle(bundle, handed_in=submission)
     if as_json:
         print(json.dumps(verdict.as_dict(lang), allow_nan=False, ensure_ascii=False))
     else:

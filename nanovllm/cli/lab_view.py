@@ -9,18 +9,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nanovllm.lab.experiment_4.cells import FIGURE_COLUMNS, cells
 from nanovllm.lab.findings import Verdict
-from nanovllm.observe.wording import Lang
+from nanovllm.lab.wording import Lang, say
 
 
 def print_tables(tables: dict[str, Any], out: Path, lang: Lang) -> None:
-    """The table, the chain and where the bundle lies."""
-    print(out, tables["chain"]["verdict"])
+    """The table, a case at a time, the chain, and where the bundle lies."""
+    width = max(map(len, FIGURE_COLUMNS))
+    for row in tables["capacity_table"]:
+        for column, cell in zip(FIGURE_COLUMNS, cells(row)):
+            label = "" if column == "case" else f"  [{row[column]['label']}]"
+            print(f"{column:{width}}  {cell}{label}")
+        print()
+    print(say(lang, "run_done", out=out, verdict=tables["chain"]["verdict"]))
+    print(say(lang, "run_next", out=out))
 
 
 def print_verdict(verdict: Verdict, lang: Lang) -> None:
-    """Each rule with its mark, and what was found."""
+    """The checklist, and below it what was found."""
+    broken = verdict.broken()
     for rule in verdict.rules:
-        print(f"{'✘' if rule in verdict.broken() else '✔'} {rule}")
+        print(f"{'✘' if rule in broken else '✔'} {rule:15} {say(lang, f'list_{rule}')}")
+    print()
     for finding in verdict.findings:
-        print(f"  {finding.rule}: {finding.text(lang)}")
+        print(f"[{finding.rule}] {finding.text(lang)}")
+    key = "check_pass" if verdict.is_pass else "check_fail"
+    print(say(lang, key, bundle=verdict.bundle, count=len(verdict.findings)))

@@ -17,7 +17,7 @@ MISSING = "(missing)"
 
 
 class Finding(NamedTuple):
-    """One broken rule. `found` and `wanted` are shown to a person."""
+    """One broken rule. `found` and `wanted` are shown to a person; one that begins with `why_` names a sentence."""
 
     rule: str
     where: str
@@ -26,7 +26,8 @@ class Finding(NamedTuple):
 
     def text(self, lang: Lang) -> str:
         """What is wrong, in one sentence."""
-        return say(lang, f"rule_{self.rule}", where=self.where, found=self.found, wanted=self.wanted)
+        found, wanted = (say(lang, text) if text.startswith("why_") else text for text in (self.found, self.wanted))
+        return say(lang, f"rule_{self.rule}", where=self.where, found=found, wanted=wanted).rstrip()
 
 
 @dataclass
@@ -66,7 +67,7 @@ def differences(found: Any, wanted: Any, path: str = "") -> Iterator[tuple[str, 
             yield from differences(found.get(key, MISSING), wanted.get(key, MISSING), inner)
     elif isinstance(found, list) and isinstance(wanted, list):
         for index in range(max(len(found), len(wanted))):
-            pair = (part[index] if index < len(part) else MISSING for part in (found, wanted))
-            yield from differences(*pair, f"{path}[{index}]")
+            ours, theirs = (part[index] if index < len(part) else MISSING for part in (found, wanted))
+            yield from differences(ours, theirs, f"{path}[{index}]")
     elif found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
         yield path, found, wanted

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import BundleError
+from nanovllm.lab.findings import Finding
 
 NAME = "manifest.json"
 MAX_BYTES = 2**22
@@ -72,3 +73,18 @@ def files_of(folder: Path) -> Iterator[Path]:
     if len(found) > MAX_FILES:
         raise BundleError(f"{folder} holds more than {MAX_FILES:,} files: this is no bundle.", param="bundle")
     yield from found
+
+
+def check_files(folder: Path, document: dict[str, Any], free: Collection[str]) -> Iterator[Finding]:
+    """What is no longer as it was sealed: the manifest, and every file but those whose text may change."""
+    if own_digest(document) != document.get("sha256"):
+        yield Finding("manifest", NAME, "another text", "the one that was sealed")
+    present = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
+    for name, facts in document["files"].items():
+        if name not in present:
+            yield Finding("file", name, "missing", "in the bundle")
+        elif name not in free and (not isinstance(facts, dict) or file_facts(present[name]) != facts):
+            yield Finding("file", name, "changed", "as it was sealed")
+    yield from (
+        Finding("file", name, "not in the manifest", "nothing else") for name in present.keys() - document["files"]
+    )

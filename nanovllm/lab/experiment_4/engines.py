@@ -28,7 +28,9 @@ SIMULATED_VOCAB = 256
 class EngineSource(Protocol):
     """What a run needs."""
 
-    vocab: int
+    @property
+    def vocab(self) -> int:
+        """Token ids there are."""
 
     def engine(self, num_blocks: int) -> LLMEngine:
         """A cold engine of so many blocks. The one before must have ended."""

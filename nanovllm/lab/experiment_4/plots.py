@@ -40,7 +40,7 @@ def draw(folder: Path, tables: dict[str, Any], recorded: list[RecordedRun]) -> N
 
 def _residency(figure: Figure, tables: dict[str, Any], recorded: list[RecordedRun]) -> None:
     """Above each request's wait and residency, below the blocks in use, for the first run of each case."""
-    axes = figure.subplots(2, 3, height_ratios=(2.2, 1), sharex="col")
+    axes = figure.subplots(2, 3, height_ratios=(2.2, 1), sharex=True)
     first = {run.planned.case: run for run in recorded if (run.planned.arm, run.planned.repeat) == ("base", 1)}
     for column, case in enumerate(CASES):
         _lanes(axes[0, column], first[case])
@@ -85,7 +85,7 @@ def _interventions(figure: Figure, tables: dict[str, Any], recorded: list[Record
     """T_queue and T_prefill of the same requests on either pool."""
     chain = tables["chain"]
     found = [*chain["interventions"], chain["reverse"]]
-    for axes, one in zip(figure.subplots(1, len(found)), found):
+    for axes, one in zip(figure.subplots(1, len(found), sharey=True), found):
         sides = [one["small_pool"], one["large_pool"]]
         names = [f"{side['arm']}\n{side['num_blocks']} blocks" for side in sides]
         queue, prefill = (

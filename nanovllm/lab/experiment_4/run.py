@@ -19,9 +19,10 @@ from nanovllm.lab.bundle import RAW, TABLES, Bundle
 from nanovllm.lab.environment import code_facts, environment, load_average, now
 from nanovllm.lab.experiment_4 import report
 from nanovllm.lab.experiment_4.cases import ARMS, CASES, ENGINE, FULL, QUICK, PlannedRun, Size, plan
+from nanovllm.lab.experiment_4.check import EXPERIMENT
 from nanovllm.lab.experiment_4.engines import EngineSource, open_source
 from nanovllm.lab.experiment_4.feed import feed
-from nanovllm.lab.experiment_4.tables import make_tables, read_runs
+from nanovllm.lab.experiment_4.tables import header_facts, make_tables, read_runs
 from nanovllm.lab.student_observer import Observation
 from nanovllm.lab.workload_run import run_workload
 from nanovllm.observe.prefix_trace import PrefixTraceWriter
@@ -29,7 +30,7 @@ from nanovllm.observe.recording_writer import JsonlWriter
 from nanovllm.observe.wording import Lang
 
 MAX_RAW_BYTES = 2**21  # of one recording
-EXPERIMENT, LAB_VERSION = 4, 1
+LAB_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def _conclude(
 ) -> dict[str, Any]:
     """Tables, diagrams, prose, seal."""
     recorded = read_runs(bundle.folder, runs)
+    bundle.facts["run"] = header_facts(recorded[0])
     tables = make_tables(recorded, settings.size)
     if observation is not None:
         tables["observer"] = {"source": f"{RAW}/observer.py", "name": observation.name, "reports": observation.reports}

@@ -61,6 +61,11 @@ def read_run(folder: Path, planned: PlannedRun) -> RecordedRun:
     return RecordedRun(planned, replay(recording), total(probe.figures(), block_size).as_dict())
 
 
+def header_facts(run: RecordedRun) -> dict[str, Any]:
+    """What all runs have in common: the header but for the pool, which is the arm's."""
+    return {name: value for name, value in vars(run.replay.recording.header).items() if name != "num_blocks"}
+
+
 def make_tables(recorded: list[RecordedRun], size: Size) -> dict[str, Any]:
     """Every figure of the experiment as plain data."""
     rows = [run.figures for run in recorded]

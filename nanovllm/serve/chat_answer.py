@@ -41,7 +41,7 @@ class Head:
     logprobs: int | None = None
     has_usage: bool = False
     running_usage_of: int = 0  # the prompt's tokens, where each chunk tells the usage so far
-    answer_id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    answer_id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
 

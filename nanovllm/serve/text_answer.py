@@ -35,7 +35,7 @@ class Head:
     logprobs: int | None = None
     has_usage: bool = False
     running_usage_of: list[int] = field(default_factory=list)  # each prompt's tokens; none: no chunk tells it
-    answer_id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    answer_id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(16)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

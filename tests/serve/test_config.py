@@ -170,3 +170,20 @@ def test_a_key_file(tmp_path: Path) -> None:
 def test_settings_have_help_and_limits_have_bounds() -> None:
     for f in [*fields(ServerConfig), *fields(Limits)]:
         assert f.metadata["help"] and f.metadata["least"] <= f.metadata["most"]
+
+
+@pytest.mark.parametrize("page", ["server.md", "server.zh.md"])
+def test_the_pages_give_every_setting_its_default(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `--")]
+    shown = {row[0].strip("`"): row[1].strip("`") for row in cells}
+    assert all(len(row) == 4 for row in cells)
+    expected = {f"--{name.replace('_', '-')}": f.default for name, f in setting_fields()}
+    assert shown.keys() == expected.keys()
+    for flag, default in expected.items():
+        if default in (None, ()):
+            assert shown[flag] == ""
+        elif default is False:
+            assert shown[flag] in ("off", "关")
+        else:
+            assert type(default)(shown[flag]) == default, flag

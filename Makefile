@@ -31,8 +31,10 @@ demo: install model ## ask the default model a question; stream the answer, then
 test: .venv/.test-installed model lint ## linter, formatter, types, and every test but the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
-test-long: .venv/.test-installed model ## the long proofs
+test-long: .venv/.test-installed model ## the long proofs, and the server's tests with the engine in a child process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
+	NANOVLLM_TEST_ENGINE=process OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve -m "not long" \
+	    -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 bars: .venv/.bench-installed model ## each promised figure beside its bar
 	$(BIN)/python benchmarks/bars.py

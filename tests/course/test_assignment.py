@@ -15,11 +15,23 @@ from pathlib import Path
 import pytest
 from skeleton import signatures
 
+from nanovllm.errors import InvalidRequestError
+from nanovllm.lab.bundle import RAW
+from nanovllm.lab.experiment_4 import plots
+from nanovllm.lab.experiment_4.cases import QUICK as QUICK_SIZE
+from nanovllm.lab.experiment_4.cases import plan
+from nanovllm.lab.experiment_4.engines import open_source
+from nanovllm.lab.experiment_4.feed import feed
+from nanovllm.lab.experiment_4.reference import compare
+from nanovllm.lab.experiment_4.run import Settings, run_experiment
+from nanovllm.lab.experiment_4.tables import RecordedRun, read_runs
+from nanovllm.lab.student_observer import Observation
+
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ROOT / "course/experiments/experiment_4_KV状态与缓存组织实验/assignment_spring-2026"
 SOLUTIONS = ROOT / "tests/course/solutions"
 OBSERVERS = {"state_counter": "StateCounter", "prefix_probe": "PrefixProbe"}
-QUICK = ("--simulated", "--quick")
+QUICK, SEED = ("--simulated", "--quick"), 7
 FENCE = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -98,14 +110,15 @@ def test_a_starter_says_nothing_of_its_solution(name: str) -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the pack, and in it."""
+    """A copy of the pack, and in it. Plots have tests of their own, and are half the time of a quick run."""
     copy = tmp_path / "my_experiment_4"
     shutil.copytree(PACK, copy)
     monkeypatch.chdir(copy)
+    monkeypatch.setattr(plots, "draw", lambda *given: None)
     return copy
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("lang", ["en", pytest.param("zh", marks=pytest.mark.long)])
 def test_each_command_of_the_sheet_runs(nanovllm: Run, desk: Path, lang: str) -> None:
     """In the sheet's order, task 4 solved, the lab on the virtual clock; the last asks for what is not written yet."""
     shutil.copy(SOLUTIONS / "state_counter.py", desk / "starter")
@@ -118,18 +131,54 @@ def test_each_command_of_the_sheet_runs(nanovllm: Run, desk: Path, lang: str) ->
     assert done.returncode == 1 and "submission.md" in done.stdout
 
 
-@pytest.mark.parametrize(("name", "solved"), OBSERVERS.items())
-def test_an_unsolved_starter_is_refused_by_task_and_line(nanovllm: Run, desk: Path, name: str, solved: str) -> None:
-    done = nanovllm("lab", "run", "4", "--out", "runs/try", *QUICK, "--observer", f"starter/{name}.py:{solved}")
+def test_an_unsolved_starter_is_refused_by_task_and_line(nanovllm: Run, desk: Path) -> None:
+    starter = "starter/state_counter.py:StateCounter"
+    done = nanovllm("lab", "run", "4", "--out", "runs/try", *QUICK, "--observer", starter)
     assert done.returncode != 0
-    assert f"{name}.py:{solved}, line " in done.stderr and "实验4-任务4 / experiment 4, task 4" in done.stderr
+    assert "state_counter.py:StateCounter, line " in done.stderr
+    assert "实验4-任务4 / experiment 4, task 4" in done.stderr
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_a_model_solution_passes(nanovllm: Run, desk: Path, name: str) -> None:
-    """Also on another seed: figures that are learnt by heart do not."""
-    observer = f"{SOLUTIONS / name}.py:{OBSERVERS[name]}"
-    run = nanovllm("lab", "run", "4", "--out", "runs/try", *QUICK, "--seed", "7", "--observer", observer)
-    assert run.returncode == 0, run.stderr
-    done = nanovllm("lab", "check", "4", "runs/try")
-    assert done.returncode == 0, done.stdout
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RecordedRun]]:
+    """A bundle on another seed than the sheet's: figures learnt by heart are wrong."""
+    folder = tmp_path_factory.mktemp("bundles") / "other"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda *given: None)
+        run_experiment(folder, Settings(model=None, quick=True, seed=SEED))
+    return folder, read_runs(folder, plan(3))
+
+
+def findings(observer: Path, name: str, recorded: tuple[Path, list[RecordedRun]]) -> list[str]:
+    """What the check says of this observer, fed as `lab run` feeds it."""
+    folder, runs = recorded
+    observation = Observation(f"{observer}:{name}")
+    with open_source(None, {}, QUICK_SIZE.roomy_blocks, 0) as source:
+        vocab = source.vocab
+    for run in runs:
+        observation.observe(run.planned.name, feed(folder / RAW, run.planned, QUICK_SIZE, SEED, vocab))
+    return [finding.text("en") for finding in compare({"reports": observation.reports}, runs)]
+
+
+@pytest.mark.parametrize(("name", "solved"), OBSERVERS.items())
+def test_a_model_solution_passes_on_every_run(recorded: tuple[Path, list[RecordedRun]], name: str, solved: str) -> None:
+    assert findings(SOLUTIONS / f"{name}.py", solved, recorded) == []
+
+
+@pytest.mark.parametrize(("name", "solved"), OBSERVERS.items())
+def test_every_starter_is_refused(recorded: tuple[Path, list[RecordedRun]], name: str, solved: str) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"{name}.py:{solved}, line \d+ failed .*实验4-任务4"):
+        findings(PACK / f"starter/{name}.py", solved, recorded)
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("state_counter", "used_blocks_max"), ("prefix_probe", "overlap_tokens")])
+def test_an_observer_that_counts_nothing_is_refused(
+    recorded: tuple[Path, list[RecordedRun]], tmp_path: Path, kind: str, needed: str
+) -> None:
+    """The finding names the figure that is missing and what it should have been."""
+    idle = tmp_path / "idle.py"
+    idle.write_text(
+        f"class Idle:\n    def on_event(self, event): pass\n    def report(self): return {{'kind': '{kind}'}}\n"
+    )
+    found = findings(idle, "Idle", recorded)
+    assert sum(f"{needed} is (missing); the reference is" in text for text in found) == len(recorded[1])

@@ -1,11 +1,19 @@
 """Task 4, second choice: an observe-only prefix-hit probe. 任务 4 之二：仅用于观测的前缀命中探针。
 
     nanovllm lab run 4 --out runs/try --simulated --quick --observer starter/prefix_probe.py:PrefixProbe
+    nanovllm lab check 4 runs/try
 
 `on_event` sees every line of a run's recording as a dict, in order. `on_event` 依次看到录制的每一行。
     {"record": "header", "block_size": 16, ...}                               the first / 第一条
     {"record": "prompt", "request_id": "s0-t0", "ts_ns": 0, "token_ids": [...]}   as it entered / 进入时
     request events, {"record": "step" | "wait" | "end", ...}                  the others / 其余
+
+`report` returns figures of the whole run. `report` 返回整个运行的数字。
+    label, statement        what they are: observe-only / 它们是什么：observe-only
+    prompt_tokens           of all prompts / 全部提示的 token 数
+    overlap_tokens          in whole blocks seen before behind the same prefix / 在相同前缀之后出现过的整块
+    requests_with_overlap   prompts with any / 有重叠的提示数
+The check needs all but the last. 检查器要求除最后一项外的全部。
 
 What it reports is a potential-overlap signal, not a realised gain. 它报告的是潜在重叠信号，不是已兑现的收益。
 """
@@ -23,7 +31,7 @@ class PrefixProbe:
     def __init__(self) -> None:
         self.block_size = 0
         self.seen: set[tuple[int, ...]] = set()  # prefixes of whole blocks / 整块的前缀
-        self.tokens = self.overlap_tokens = 0
+        self.prompt_tokens = self.overlap_tokens = self.requests_with_overlap = 0
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Take in one record. 读入一条记录。"""
@@ -40,7 +48,8 @@ class PrefixProbe:
             prefixes = [prompt[:end] for end in ends]
             matchable = [prefix for prefix in prefixes if len(prefix) < len(prompt)]
             hits = next((i for i, prefix in enumerate(matchable) if prefix not in self.seen), len(matchable))
-            self.tokens += len(prompt)
+            self.prompt_tokens += len(prompt)
+            self.requests_with_overlap += hits > 0
             self.overlap_tokens += hits * self.block_size
             self.seen.update(prefixes)
         # END SOLUTION
@@ -53,7 +62,8 @@ class PrefixProbe:
             "kind": "prefix_probe",
             "label": "observe-only",
             "statement": STATEMENT,
-            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
             "overlap_tokens": self.overlap_tokens,
+            "requests_with_overlap": self.requests_with_overlap,
         }
         # END SOLUTION

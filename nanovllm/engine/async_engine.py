@@ -27,8 +27,10 @@ from nanovllm.engine.messages import (
     EngineStats,
     FromEngine,
     Ready,
+    StateView,
     StepReport,
     Submit,
+    Watch,
     params_to_wire,
 )
 from nanovllm.engine.request_stream import RequestStream
@@ -55,12 +57,14 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.state: State = "loading"
         self.listeners: list[Callable[[StepReport], None]] = []  # called with each report: metrics
+        self.viewers: list[Callable[[StateView], None]] = []  # called with each view, while `watch` asks for them
         self.link: Link = ProcessLink() if in_process_of_its_own else ThreadLink()
         self._streams: dict[str, RequestStream] = {}
         self._ready: asyncio.Future[None] | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
         self._heard_s = time.monotonic()
+        self._watch_s = 0.0
         self._restarts = 0
         self._restarting: asyncio.Task[None] | None = None
         self._is_closing = False
@@ -116,6 +120,12 @@ class AsyncEngine:
     def num_live(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
+
+    def watch(self, period_s: float) -> None:
+        """Have the viewers told every `period_s` what the engine holds; 0: never. It outlives a restart."""
+        self._watch_s = period_s
+        if self.state not in ("loading", "dead"):
+            self.link.send(Watch(period_s))
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -186,6 +196,12 @@ class AsyncEngine:
             self.info = message.info
             self.state = "ready" if self.state == "loading" else self.state
             self._settle(None)
+            if self._watch_s:
+                self.watch(self._watch_s)
+        elif isinstance(message, StateView):
+            self.stats = message.stats
+            for viewer in self.viewers:
+                viewer(message)
         elif isinstance(message, Died):
             self._failed(message.error.as_error())
         else:

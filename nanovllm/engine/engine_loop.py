@@ -31,11 +31,13 @@ from nanovllm.engine.messages import (
     Stop,
     Submit,
     ToEngine,
+    Watch,
     delta_of,
     finished_of,
     params_from_wire,
 )
 from nanovllm.engine.outputs import StepOutput
+from nanovllm.engine.watch import StateWatch
 from nanovllm.errors import ExecutionError, NanoVLLMError, UnhealthyError
 
 logger = logging.getLogger("nanovllm")
@@ -62,6 +64,7 @@ class EngineLoop:
 
     def __init__(self, engine: LLMEngine, inbox: Inbox, send: Send) -> None:
         self.engine, self._inbox, self._send = engine, inbox, send
+        self._watch = StateWatch(engine)
         self._queued: set[str] = set()  # submitted, and not run yet
         self._compiling: dict[str, Submit] = {}  # their grammar is being compiled elsewhere
         self._refused: list[Finished] = []  # ended without having entered the engine
@@ -76,6 +79,8 @@ class EngineLoop:
         while self._take_messages():
             outputs = self._turn()
             self._report(outputs)
+            if self._watch.is_due():
+                self._show()
             if not outputs and (self.engine.is_waiting_for_state() or self._only_transfers()):
                 time.sleep(IDLE_S)
         self.engine.close()
@@ -86,7 +91,8 @@ class EngineLoop:
         """Act on every message there is; where there is nothing to do, wait for one. False: the end."""
         is_idle = self.engine.is_finished() and self.engine.scheduler.kv.is_settled() and not self._refused
         try:
-            message = self._inbox.get(timeout=HEARTBEAT_S) if is_idle else self._inbox.get_nowait()
+            sleep_s = self._watch.due_in_s(HEARTBEAT_S) if is_idle else 0.0
+            message = self._inbox.get(timeout=sleep_s) if sleep_s else self._inbox.get_nowait()
             while True:
                 if isinstance(message, Stop):
                     return False
@@ -95,9 +101,12 @@ class EngineLoop:
         except queue.Empty:
             return True
 
-    def _take(self, message: Submit | Abort | Compiled) -> None:
+    def _take(self, message: Submit | Abort | Watch | Compiled) -> None:
         if isinstance(message, Abort):
             self._abort(message.request_id)
+            return
+        if isinstance(message, Watch):
+            self._watch.set(message.period_s)
             return
         submit = message.message if isinstance(message, Compiled) else message
         try:
@@ -207,6 +216,14 @@ class EngineLoop:
     def _say(self, message: FromEngine) -> None:
         self._last_beat_s = time.monotonic()
         self._send(message)
+
+    def _show(self) -> None:
+        """Say what the engine holds. A picture that cannot be made harms nobody: there are no more of them."""
+        try:
+            self._send(self._watch.view(self.stats(), self._compiling.values()))
+        except Exception:
+            logger.exception("The state could not be shown.")
+            self._watch.set(0)
 
     def _newly_started(self) -> list[str]:
         """Requests that were queued and have run since."""

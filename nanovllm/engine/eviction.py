@@ -71,6 +71,10 @@ class FreeBlocks:
         """Free blocks that are still matchable."""
         return len(self._cached)
 
+    def cached_ids(self) -> list[int]:
+        """Those blocks, in the order of the policy."""
+        return list(self._cached)
+
     def add(self, block_id: int, *, cached: bool) -> None:
         """Take in a block that nobody holds any more."""
         if cached:

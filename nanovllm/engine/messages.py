@@ -4,8 +4,8 @@ What it is: plain records, and their bytes on a pipe. What it knows nothing abou
 threads, sockets, HTTP. Invariant: a message holds nothing but numbers, strings, lists
 and maps, so the same words work within a process and between two.
 
-    caller -> engine     Submit, Abort, Stop
-    engine -> caller     Ready, Heartbeat, StepReport, Died
+    caller -> engine     Submit, Abort, Watch, Stop
+    engine -> caller     Ready, Heartbeat, StepReport, StateView, Died
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.timeline import Timeline
 from nanovllm.engine.outputs import RequestOutput, StepOutput, TokenLogprobs
 from nanovllm.errors import InvalidRequestError, NanoVLLMError
 
@@ -40,6 +41,12 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     """Nobody waits for this request any more; unknown and ended ones are no error."""
 
     request_id: str
+
+
+class Watch(msgspec.Struct, tag=True, frozen=True):
+    """Say every `period_s` what the engine holds; 0: nobody looks any more."""
+
+    period_s: float
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -144,6 +151,42 @@ class Finished(msgspec.Struct, frozen=True):
     timings: Timings | None = None
 
 
+class RequestView(msgspec.Struct, frozen=True):
+    """One live request: `intake`, `queued`, `loading`, `prefill`, `decode` or `preempted`; no text and no token ids.
+
+    `computed_tokens` have KV now, `cached_tokens` were found; `waits` are [preempted, running again) in clock
+    nanoseconds; `block_ids` holds a block once for each sample that has it.
+    """
+
+    request_id: str
+    stage: str
+    arrival_ns: int
+    samples: int = 1
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    timings: Timings | None = None
+    waits: list[tuple[int, int | None]] = msgspec.field(default_factory=list)
+    block_ids: list[int] = msgspec.field(default_factory=list)
+
+
+class StateView(msgspec.Struct, tag=True, frozen=True):
+    """What the engine holds at `ts_ns` of its clock, and the newest events since the view before, as records.
+
+    `cached_ids`: free blocks that can still be found; `held_ids`: blocks with a claim beside the block tables.
+    """
+
+    ts_ns: int
+    stats: EngineStats
+    requests: list[RequestView]
+    num_requests: int
+    cached_ids: list[int]
+    held_ids: list[int]
+    events: list[dict[str, Any]]
+    events_lost: int = 0
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The model is loaded."""
 
@@ -171,8 +214,8 @@ class Died(msgspec.Struct, tag=True, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = Submit | Abort | Stop
-FromEngine = Ready | Heartbeat | StepReport | Died
+ToEngine = Submit | Abort | Watch | Stop
+FromEngine = Ready | Heartbeat | StepReport | StateView | Died
 
 
 def delta_of(output: StepOutput) -> Delta:
@@ -202,6 +245,21 @@ def finished_of(final: RequestOutput) -> Finished:
         finish_reasons=[completion.finish_reason or "" for completion in final.completions],
         error=None if final.error is None else ErrorInfo.of(final.error),
         timings=msgspec.convert({"arrival_ns": timeline.arrival_ns, **terms}, Timings),
+    )
+
+
+def terms_of(timeline: Timeline) -> Timings:
+    """The terms whose moment has come, of a request that lives."""
+    return Timings(
+        timeline.arrival_ns,
+        timeline.t_queue_ns,
+        timeline.t_intake_ns,
+        timeline.state_wait_ns,
+        timeline.t_schedule_ns,
+        timeline.t_prefill_ns,
+        timeline.t_return_ns,
+        timeline.ttft_ns,
+        preemptions=len(timeline.preempted_ns),
     )
 
 

@@ -81,7 +81,7 @@ class Answer:
         failure: Exception | None = None
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(_until_gone, receive, group.cancel_scope)
+                group.start_soon(until_gone, receive, group.cancel_scope)
                 group.start_soon(self._watch_time, send, group.cancel_scope)
                 await anyio.lowlevel.checkpoint()  # a client that left meanwhile is noticed here
                 try:
@@ -194,7 +194,7 @@ class Answer:
             scope.cancel()
 
 
-async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+async def until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
     """Cancel the answer when its client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

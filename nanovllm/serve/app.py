@@ -19,6 +19,8 @@ from nanovllm.serve.chat import chat
 from nanovllm.serve.completions import completions
 from nanovllm.serve.config import Limits, ServerConfig
 from nanovllm.serve.context import Services
+from nanovllm.serve.dashboard.feed import FEED_PATH, Feed, events
+from nanovllm.serve.dashboard.pages import PAGES
 from nanovllm.serve.gate import Gate
 from nanovllm.serve.metrics import ServerMetrics
 from nanovllm.serve.models_page import model, models
@@ -41,6 +43,8 @@ ROUTES = (
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/openapi.json", openapi),
+    Route(FEED_PATH, events),
+    *PAGES,
 )
 
 
@@ -56,7 +60,9 @@ def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Li
         model_name=next(iter(config.served_model_name), None),
         rejections=lambda: admission.rejected,
     )
-    return Services(engine, config, limits, tenants, admission, pool, metrics, open_traces(config))
+    services = Services(engine, config, limits, tenants, admission, pool, metrics, open_traces(config))
+    services.feed = Feed(services)
+    return services
 
 
 def build_app(services: Services) -> Gate:

@@ -2,9 +2,9 @@
 
 What it is: one pure ASGI middleware around the routes; `_enter` reads as the list of
 its steps. What it knows nothing about: what endpoints do. Invariants: nothing but the
-health paths answers without a key where there are keys, and what is asked is decided
-on `scope["path"]` alone; no body is read before a slot was taken; a slot is given back
-whatever happens; every answer carries `x-request-id`, every failure has one shape.
+health paths and the dashboard's empty page answers without a key where there are keys;
+what is asked is decided on `scope["path"]` alone; no body is read before a slot was taken;
+a slot is given back whatever happens; every answer carries `x-request-id`, every failure has one shape.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from starlette.types import Message, Receive, Scope, Send
 from nanovllm.errors import AccessError, DrainingError, NanoVLLMError, UnhealthyError
 from nanovllm.serve.body import check_head, estimated_tokens
 from nanovllm.serve.context import TICKET, Services, Tenant, Ticket
+from nanovllm.serve.dashboard.feed import FEED_PATH
+from nanovllm.serve.dashboard.pages import PAGE_PATHS
 from nanovllm.serve.failures import (
     HttpError,
     LoadingError,
@@ -39,8 +41,8 @@ from nanovllm.serve.tenants import ANONYMOUS
 logger = logging.getLogger("nanovllm.serve")
 access_logger = logging.getLogger("nanovllm.serve.access")
 
-OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"})
-ADMIN_PATHS = frozenset({"/metrics"})
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"}) | PAGE_PATHS
+ADMIN_PATHS = frozenset({"/metrics", FEED_PATH})
 ENGINELESS_PATHS = OPEN_PATHS | ADMIN_PATHS | {"/version", "/openapi.json"}
 GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 LOCAL_HOSTS = frozenset({b"localhost", b"127.0.0.1", b"[::1]"})
@@ -105,6 +107,8 @@ class Gate:
         tenant = tenants.authenticate(headers.get(b"authorization"))
         if path in ADMIN_PATHS and tenants.has_admin and not tenant.is_admin:
             raise AccessError("This needs the admin key.")
+        if path == FEED_PATH and tenants.has_keys and not tenant.is_admin:  # it tells of all tenants' requests
+            raise AccessError("This needs an admin key.", hint="Start the server with --admin-key KEY.")
         return tenant
 
     def _check_engine(self, scope: Scope) -> None:

@@ -63,6 +63,8 @@ class HttpServer:
                 await self._drain()
         finally:
             measuring.cancel()
+            if self.services.feed is not None:
+                self.services.feed.close()
             http.should_exit = True
             await ticking
             await http.shutdown(sockets=[self._listener])

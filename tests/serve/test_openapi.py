@@ -12,6 +12,8 @@ import pytest
 from nanovllm.errors import InvalidRequestError
 from nanovllm.serve import protocol
 from nanovllm.serve.app import ROUTES
+from nanovllm.serve.dashboard.feed import FEED_PATH
+from nanovllm.serve.dashboard.pages import PAGE_PATHS
 from nanovllm.serve.decode import decode
 from nanovllm.serve.openapi import REFUSALS, document
 from tests.serve.surface import HI, Live
@@ -31,7 +33,7 @@ def test_it_is_served(tiny: Live) -> None:
 
 def test_every_route_is_in_it() -> None:
     paths = {route.path.replace(":path", "") for route in ROUTES}
-    assert paths - set(DOCUMENT["paths"]) <= {"/openapi.json", "/metrics"}
+    assert paths - set(DOCUMENT["paths"]) <= {"/openapi.json", "/metrics", FEED_PATH, *PAGE_PATHS}
     assert set(DOCUMENT["paths"]) <= paths
 
 

@@ -1,0 +1,1 @@
+"""The dashboard: a page at `/`, its files, and the feed it draws from."""

@@ -95,6 +95,28 @@ def test_columns_and_cases_are_the_labs() -> None:
     assert "10" in text and [*re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == ["10", "20", "25", "20", "10"]
 
 
+@pytest.mark.parametrize(
+    ("part", "items", "words"),
+    [
+        (1, 0, ["KV", "attention", "池"]),
+        (2, 0, ["等待", "池已经满"]),
+        (3, 4, ["KV 的一生", "并发", "长上下文", "探针"]),
+        (4, 0, ["实验 3", "块表", "估计"]),
+        (5, 4, ["生命周期图", "容量观察表", "500 到 800 字", "只是观测"]),
+        (8, 4, ["attention 的中间量", "并发与等待", "宣称复用", "近似边界"]),
+        (9, 5, ["生命周期图", "容量观察表", "因果链", "探针"]),
+        (10, 3, ["单次计算", "因果链", "观测与真实效果"]),
+        (11, 0, ["实验 5", "课程项目", "不成立的条件"]),
+    ],
+)
+def test_the_sheet_says_what_it_must(part: int, items: int, words: list[str]) -> None:
+    """Each part has its points in both languages, and the Chinese one its words."""
+    for lang in ("zh", "en"):
+        body = re.split(r"^## \d+\. ", sheet(lang), flags=re.MULTILINE)[part]
+        assert len(re.findall(r"^(?:-|\d\.) ", body, re.MULTILINE)) == items
+        assert lang == "en" or [word for word in words if word not in body] == []
+
+
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_a_starter_says_nothing_of_its_solution(name: str) -> None:
     """Same signatures; every marked body is its hints and an error that names the task."""

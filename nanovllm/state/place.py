@@ -1,0 +1,147 @@
+"""A place: one tier with what the state plane keeps beside it.
+
+What it is: the tier, its victims, its breakers, its lanes, its counters, its room. What it knows nothing
+about: objects. Invariants: `busy_bytes` is what writes under way will add, so that two writes do not plan
+with the same room; a tier's counters only grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.core.clock import Clock
+from nanovllm.state.breaker import CircuitBreaker
+from nanovllm.state.catalog import Entry
+from nanovllm.state.mover import InlineLane, Lane, ThreadLane
+from nanovllm.state.policies.victims import Victims
+from nanovllm.state.tiers.tier import Tier
+
+HIGH, LOW = 0.95, 0.85  # reclaim begins above the one and ends below the other
+SMOOTHING = 0.2
+
+
+@dataclass
+class Counters:
+    """What happened at one tier since the start."""
+
+    hits: int = 0
+    misses: int = 0
+    reads: int = 0
+    writes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    failures: int = 0
+    corrupt: int = 0
+    refused: int = 0
+    evicted: int = 0
+    evicted_bytes: int = 0
+    demoted: int = 0
+    corrupt_by_reason: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Bandwidth:
+    """Milliseconds per transfer, as base and per byte; `estimated` until something was measured."""
+
+    bytes_per_ms: float
+    label: str = "estimated"
+
+    def observe(self, size_bytes: int, ms: float) -> None:
+        """A transfer took `ms`."""
+        if size_bytes > 0 and ms > 0:
+            rate = size_bytes / ms
+            measured = self.label == "measured"
+            self.bytes_per_ms = self.bytes_per_ms * (1 - SMOOTHING) + rate * SMOOTHING if measured else rate
+            self.label = "measured"
+
+    def ms(self, size_bytes: int) -> float:
+        """How long so many bytes take."""
+        return size_bytes / self.bytes_per_ms
+
+
+FIRST_GUESS = 200_000.0  # bytes per ms, 200 MB/s: below what any of the tiers was measured at
+
+
+class Place:
+    """One tier of one state plane."""
+
+    def __init__(self, tier: Tier, victims: Victims[Entry], clock: Clock, *, threads: bool) -> None:
+        self.tier, self.victims = tier, victims
+        self.reads, self.writes = CircuitBreaker(clock), CircuitBreaker(clock)
+        self.counters = Counters()
+        self.read_speed, self.write_speed = Bandwidth(FIRST_GUESS), Bandwidth(FIRST_GUESS)
+        self.busy_bytes = 0
+        self.by_kind: dict[str, int] = {}
+        self.by_namespace: dict[str, int] = {}
+        own_threads = threads and tier.name != "host"
+        self.read_lane: Lane = ThreadLane(clock, f"{tier.name}-read") if own_threads else InlineLane(clock)
+        self.write_lane: Lane = ThreadLane(clock, f"{tier.name}-write") if own_threads else InlineLane(clock)
+
+    @property
+    def name(self) -> str:
+        """The tier's."""
+        return self.tier.name
+
+    @property
+    def used_bytes(self) -> int:
+        """Now, and with what is on its way."""
+        return self.tier.used_bytes + self.busy_bytes
+
+    def is_over(self, incoming: int, mark: float) -> bool:
+        """Whether so many more bytes would pass that share of the quota."""
+        quota = self.tier.quota_bytes
+        return quota is not None and self.used_bytes + incoming > quota * mark
+
+    def enter(self, entry: Entry) -> None:
+        """The entry's bytes lie here now."""
+        if self.name in entry.tiers:
+            return
+        entry.tiers.add(self.name)
+        self._count(entry, entry.size_bytes)
+        self.victims.touch(entry, 0, entry.num_tokens, hit=False)
+        if entry.home == self.name:
+            self.victims.hold(entry.key)
+
+    def leave(self, entry: Entry, *, by_policy: bool) -> None:
+        """They no longer do."""
+        if self.name not in entry.tiers:
+            return
+        entry.tiers.discard(self.name)
+        self._count(entry, -entry.size_bytes)
+        if entry.home == self.name:
+            self.victims.release(entry.key)
+        if by_policy:
+            self.victims.evict(entry)
+        else:
+            self.victims.drop(entry)
+
+    def kinds_by_excess(self, shares: dict[str, float]) -> list[str]:
+        """The kinds that have bytes here, who uses most of its share first."""
+        return sorted(self.by_kind, key=lambda kind: -self.by_kind[kind] / shares.get(kind, 1.0))
+
+    def close(self) -> None:
+        """End the lanes, then the tier."""
+        self.read_lane.close()
+        self.write_lane.close()
+        self.tier.close()
+
+    def facts(self) -> dict[str, Any]:
+        """For `top`, metrics and pages."""
+        c = self.counters
+        return {
+            "used_bytes": self.tier.used_bytes,
+            "quota_bytes": self.tier.quota_bytes,
+            "entries": len(self.victims),
+            "by_kind": dict(self.by_kind),
+            "breaker": {"reads": self.reads.state, "writes": self.writes.state},
+            "read_bytes_per_ms": self.read_speed.bytes_per_ms,
+            "read_speed_label": self.read_speed.label,
+            **{name: getattr(c, name) for name in c.__dataclass_fields__},
+        }
+
+    def _count(self, entry: Entry, change: int) -> None:
+        for counts, key in ((self.by_kind, entry.kind), (self.by_namespace, entry.namespace)):
+            counts[key] = counts.get(key, 0) + change
+            if counts[key] == 0:
+                del counts[key]

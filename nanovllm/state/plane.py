@@ -1,0 +1,296 @@
+"""The plane: catalog, places and mover together, and the three things done with bytes: write, read, forget.
+
+What it is: the state that every verb works on, and the movements that all of them share. What it knows
+nothing about: what a verb means, which bytes are worth keeping, the engine.
+
+Invariants: bytes are written sealed and read verified, in this one module; whatever fails to verify is
+counted, set aside and a miss; an entry is found in a tier only after its write has been reported; bytes
+whose entry is gone when their write ends are removed again. One thread calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from nanovllm.core.clock import Clock
+from nanovllm.core.digest import Digest, DigestFn, block_digest
+from nanovllm.state.catalog import Catalog, Entry
+from nanovllm.state.envelope import BadEnvelope, Label, seal, unseal
+from nanovllm.state.mover import MILLISECOND, Mover, Transfer
+from nanovllm.state.objects import StateObject
+from nanovllm.state.place import Place
+from nanovllm.state.policies.policy import Policy
+from nanovllm.state.receipts import SHOWN_CANDIDATES, Candidate, History, Receipt
+from nanovllm.state.settings import StateSettings
+from nanovllm.state.tiers.device import DeviceTier
+from nanovllm.state.tiers.tier import Item
+
+FULL = "full"
+
+
+@dataclass(eq=False)
+class Plane:
+    """Everything that the verbs share. `places` stand from the fastest to the slowest."""
+
+    places: dict[str, Place]
+    settings: StateSettings
+    clock: Clock
+    wall_ms: Callable[[], int]
+    root_of: Callable[[str], Digest]
+    make_policy: Callable[[str], Policy]
+    device: DeviceTier | None = None
+    digest_fn: DigestFn = block_digest
+    catalog: Catalog = field(default_factory=Catalog)
+    history: History = field(default_factory=History)
+    owed: dict[str, set[bytes]] = field(default_factory=dict)  # removals that a tier did not do yet
+    uses: int = 0
+
+    def __post_init__(self) -> None:
+        self.mover = Mover(self.clock)
+
+    @property
+    def layout(self) -> str:
+        """How a block's bytes lie here."""
+        return self.settings.layout if self.device is None else self.device.layout
+
+    @property
+    def layers(self) -> int:
+        """Ranges of a block's envelope: one per layer."""
+        return self.settings.layers if self.device is None else self.device.num_layers
+
+    def chain_of(self, token_ids: Sequence[int], namespace: str) -> tuple[Digest, ...]:
+        """The digests of the full blocks of a prompt."""
+        size, parent, chain = self.settings.block_size, self.root_of(namespace), []
+        for start in range(0, len(token_ids) - size + 1, size):
+            parent = self.digest_fn(parent, token_ids[start : start + size])
+            chain.append(parent)
+        return tuple(chain)
+
+    def touch(self, entry: Entry, cached: int, new: int, *, hit: bool) -> None:
+        """A use, told to the policy of every tier that holds it."""
+        self.uses += 1
+        entry.last_use = self.uses
+        for name in entry.tiers:
+            self.places[name].victims.touch(entry, cached, new, hit)
+
+    def write(self, place: Place, pairs: Sequence[tuple[Entry, bytes]], *, durable: bool = False) -> Transfer:
+        """Begin to write sealed bytes; the entries are in the catalog from now on and in the tier once it ends."""
+        size = sum(len(sealed) for _, sealed in pairs)
+        for entry, _ in pairs:
+            self.catalog.entries.setdefault(entry.key, entry)
+            entry.arriving.add(place.name)
+        place.busy_bytes += size
+        items = [Item(entry.key, sealed, durable) for entry, sealed in pairs]
+        entries = [entry for entry, _ in pairs]
+
+        def ended(transfer: Transfer) -> None:
+            place.busy_bytes -= size
+            self._written(place, entries, size, transfer)
+
+        def late(_: object) -> None:
+            self._remove(place, [entry.key for entry in entries if place.name not in entry.tiers], scrub=False)
+
+        if not self._may_write(place, durable):
+            return self._refused(f"{place.name} is left alone: {place.writes.reason}", ended)
+        deadline = self.settings.write_deadline_ms
+        return self.mover.start(
+            place.write_lane, lambda: place.tier.write(items), deadline_ms=deadline, then=ended, late=late
+        )
+
+    def read(
+        self, place: Place, labels: Sequence[Label], then: Callable[[Transfer], None] = lambda transfer: None
+    ) -> Transfer:
+        """Begin to read; `result` becomes the verified payloads, None for every miss, whatever its cause."""
+        keys = [label.key for label in labels]
+
+        def job() -> list[bytes | str | None]:
+            return [opened(sealed, label) for sealed, label in zip(place.tier.read(keys), labels)]
+
+        def ended(transfer: Transfer) -> None:
+            transfer.result = self._verified(place, labels, transfer)
+            then(transfer)
+
+        if not place.reads.allow():
+            return self._refused(f"{place.name} is left alone: {place.reads.reason}", ended)
+        return self.mover.start(place.read_lane, job, deadline_ms=self.settings.read_deadline_ms, then=ended)
+
+    def payload(self, entry: Entry) -> tuple[bytes | None, str]:
+        """Verified bytes from the fastest tier that has them, and which; waits. (None, "") where none has."""
+        for place in list(self.places.values()):
+            if place.name in entry.tiers:
+                found = self.mover.wait(self.read(place, [entry.label])).result[0]
+                if found is not None:
+                    return found, place.name
+        return None, ""
+
+    def forget(self, keys: Sequence[bytes], *, scrub: bool) -> tuple[int, list[str]]:
+        """Remove bytes from every tier and wait; bytes that were there, and the tiers that failed."""
+        gone = [entry for key in keys if (entry := self.catalog.entries.pop(key, None)) is not None]
+        size = sum(entry.size_bytes * len(entry.tiers) for entry in gone)
+        transfers = []
+        for place in self.places.values():
+            for entry in gone:
+                place.leave(entry, by_policy=False)
+            if keys:
+                transfers.append((place.name, self._remove(place, keys, scrub=scrub)))
+        return size, [name for name, transfer in transfers if not self.mover.wait(transfer).ok]
+
+    def evict(self, place: Place, entry: Entry) -> None:
+        """The policy's choice goes from one tier."""
+        place.leave(entry, by_policy=True)
+        place.counters.evicted += 1
+        place.counters.evicted_bytes += entry.size_bytes
+        self._remove(place, [entry.key], scrub=False, size=entry.size_bytes)
+        self._forget_if_nowhere(entry)
+
+    def pay_debts(self) -> None:
+        """Try again what tiers did not remove."""
+        if self.device is not None and self.owed.get("device"):
+            kept = {key for key in self.owed["device"] if self.device.holds(key) and not self.device.discard(key)}
+            self.owed["device"] = kept
+        for name, place in self.places.items():
+            keys = self.owed.get(name, set())
+            if keys and place.writes.state != "open":
+                self.owed[name] = set()
+                self._remove(place, list(keys), scrub=True)
+
+    def receipt(
+        self,
+        action: str,
+        started_ns: int,
+        ok: bool,
+        reason: str,
+        *,
+        obj: StateObject | None = None,
+        tier: str | None = None,
+        size_bytes: int = 0,
+        candidates: Sequence[Candidate] = (),
+        concerns: Sequence[str] = (),
+        detail: Mapping[str, Any] | None = None,
+    ) -> Receipt:
+        """Make the action's receipt and enter it into the history of all it concerns."""
+        state_id = None if obj is None else obj.state_id
+        receipt = Receipt(
+            self.history.next_seq(), action, ok, reason, state_id, tier, size_bytes,
+            (self.clock.now_ns() - started_ns) / MILLISECOND, self.wall_ms(),
+            tuple(candidates[:SHOWN_CANDIDATES]), len(candidates), dict(detail or {}),
+        )  # fmt: skip
+        self.history.add(receipt, [*([] if state_id is None else [state_id]), *concerns])
+        return receipt
+
+    def seal_block(self, label: Label, payload: bytes) -> bytes:
+        """A block's envelope, one checksum per layer where its bytes divide so."""
+        return seal(label, payload, self.layers if len(payload) % self.layers == 0 else 1)
+
+    def _may_write(self, place: Place, durable: bool) -> bool:
+        """A durable put insists where the tier was only full: its caller waits for the answer."""
+        return place.writes.allow() or (durable and place.writes.reason == FULL)
+
+    def _refused(self, reason: str, ended: Callable[[Transfer], None]) -> Transfer:
+        transfer = Transfer(0, 0, ended, done=True, reason=reason)
+        ended(transfer)
+        return transfer
+
+    def _written(self, place: Place, entries: Sequence[Entry], size: int, transfer: Transfer) -> None:
+        for entry in entries:
+            entry.arriving.discard(place.name)
+        if not transfer.ok:
+            self._failed(place, place.writes.trip if transfer.is_full else place.writes.failure, transfer)
+            for entry in entries:
+                self._forget_if_nowhere(entry)
+            return
+        place.writes.success()
+        place.counters.writes += 1
+        place.counters.bytes_written += size
+        place.write_speed.observe(size, transfer.ms)
+        for entry in entries:
+            if self.catalog.entries.get(entry.key) is entry:
+                place.enter(entry)
+            else:
+                self._remove(place, [entry.key], scrub=True)
+
+    def _verified(self, place: Place, labels: Sequence[Label], transfer: Transfer) -> list[bytes | None]:
+        if not transfer.ok:
+            self._failed(place, place.reads.failure, transfer)
+            return [None] * len(labels)
+        place.reads.success()
+        place.counters.reads += 1
+        payloads: list[bytes | None] = []
+        for label, found in zip(labels, transfer.result):
+            payloads.append(found if isinstance(found, bytes) else None)
+            if isinstance(found, str):
+                self._corrupt(place, label, found)
+            elif found is None:
+                self._missing(place, label)
+        size = sum(len(payload) for payload in payloads if payload is not None)
+        place.counters.hits += sum(payload is not None for payload in payloads)
+        place.counters.misses += payloads.count(None)
+        place.counters.bytes_read += size
+        place.read_speed.observe(size, transfer.ms)
+        return payloads
+
+    def _failed(self, place: Place, tell: Callable[[str], None], transfer: Transfer) -> None:
+        if transfer.generation == 0:  # it was never tried
+            place.counters.refused += 1
+            return
+        place.counters.failures += 1
+        tell(FULL if transfer.is_full else transfer.reason)
+
+    def _corrupt(self, place: Place, label: Label, reason: str) -> None:
+        """Set aside; the bytes of a home are kept in quarantine and missed from now on."""
+        place.counters.corrupt += 1
+        by_reason = place.counters.corrupt_by_reason
+        by_reason[reason] = by_reason.get(reason, 0) + 1
+        sealed: list[bytes | None] = []
+
+        def job() -> None:
+            sealed.extend(place.tier.read([label.key]))
+            place.tier.quarantine(label.key, sealed[0])
+
+        deadline = self.settings.write_deadline_ms
+        self.mover.start(place.write_lane, job, deadline_ms=deadline, then=lambda _: None)
+        self._missing(place, label)
+
+    def _missing(self, place: Place, label: Label) -> None:
+        entry = self.catalog.entries.get(label.key)
+        if entry is not None:
+            place.leave(entry, by_policy=False)
+            self._forget_if_nowhere(entry)
+
+    def _forget_if_nowhere(self, entry: Entry) -> None:
+        if not entry.tiers and not entry.arriving and self.catalog.entries.get(entry.key) is entry:
+            del self.catalog.entries[entry.key]
+
+    def _remove(self, place: Place, keys: Sequence[bytes], *, scrub: bool, size: int = 0) -> Transfer:
+        """Begin to remove; `size` is room that may be planned with at once."""
+        place.busy_bytes -= size
+
+        def ended(transfer: Transfer) -> None:
+            place.busy_bytes += size
+            if not transfer.ok:
+                self._failed(place, place.writes.failure, transfer)
+                self.owed.setdefault(place.name, set()).update(keys)
+
+        def job() -> None:
+            place.tier.drop(keys, scrub=scrub)
+
+        return self.mover.start(place.write_lane, job, deadline_ms=self.settings.write_deadline_ms, then=ended)
+
+
+def bare(label: Label) -> Label:
+    """A label as the catalog keeps it: without the object's record."""
+    return msgspec.structs.replace(label, record=b"")
+
+
+def opened(sealed: bytes | None, label: Label) -> bytes | str | None:
+    """The payload; the reason why these are not its bytes; None where there are none."""
+    if sealed is None:
+        return None
+    try:
+        return unseal(sealed, label)
+    except BadEnvelope as error:
+        return error.reason

@@ -1,0 +1,171 @@
+"""Residency: pins. A user's claim that an object's bytes stay in a tier, for a time.
+
+What it is: the verbs `pin` and `unpin`, and the end of pins. What it knows nothing about: who would be
+evicted instead. Invariants: a pin is granted only where all pins together stay within their share of the
+tier, and is given back exactly once, by `unpin`, by its time, or with its object; a pin on the device is
+a standing claim: blocks that are computed later are held from then on. Pins end with the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.state.migration import Migration
+from nanovllm.state.objects import KVBlock, StateObject
+from nanovllm.state.plane import Plane
+from nanovllm.state.receipts import Receipt
+from nanovllm.state.reclaim import DEVICE
+
+SECOND_NS = 1_000_000_000
+DEVICE_NAMES = ("device", "gpu", "cuda", "cpu")
+
+
+@dataclass(eq=False)
+class Pin:
+    """One claim of one object on one tier. `lease`: the device's; `keys`: what is held in another tier."""
+
+    state_id: str
+    tier: str
+    until_ns: int | None
+    keys: tuple[bytes, ...]
+    size_bytes: int
+    lease: Any = None
+
+
+@dataclass
+class Residency:
+    """Who is pinned where."""
+
+    plane: Plane
+    migration: Migration
+    pins: dict[tuple[str, str], Pin] = field(default_factory=dict)
+
+    def pin(self, obj: StateObject, device: str, ttl_s: float | None, blocks: Iterable[KVBlock]) -> Receipt:
+        """Claim; a second pin of an object in a tier renews the first. `blocks`: its chain, for loading."""
+        started = self.plane.clock.now_ns()
+        tier = DEVICE if device in DEVICE_NAMES else device
+        if tier != DEVICE and tier not in self.plane.places:
+            names = ", ".join([*DEVICE_NAMES, *self.plane.places])
+            raise InvalidRequestError(f"There is no tier {device!r:.60}.", param="device", hint=f"There are {names}.")
+        until = None if ttl_s is None else self.plane.clock.now_ns() + int(ttl_s * SECOND_NS)
+        size = self._size(obj, tier)
+        refusal = self._refusal(obj, tier, size)
+        if refusal:
+            return self.plane.receipt("pin", started, False, refusal, obj=obj, tier=tier, size_bytes=size)
+        if tier != DEVICE:
+            moved = self.migration.migrate(obj, tier, pinned=True)
+            if not moved.ok:
+                return self.plane.receipt("pin", started, False, moved.reason, obj=obj, tier=tier, size_bytes=size)
+        self._release(obj.state_id, tier)
+        pin = Pin(obj.state_id, tier, until, tuple(self._keys(obj, tier)), size)
+        held = self._hold(pin, list(blocks))
+        self.pins[obj.state_id, tier] = pin
+        reason = held if until is None else f"{held}, for {ttl_s:g} s"
+        return self.plane.receipt("pin", started, True, reason, obj=obj, tier=tier, size_bytes=size)
+
+    def unpin(self, obj: StateObject, device: str | None) -> Receipt:
+        """Give claims back: those on one tier, or all."""
+        started = self.plane.clock.now_ns()
+        tier = DEVICE if device in DEVICE_NAMES else device
+        tiers = [t for (state_id, t) in list(self.pins) if state_id == obj.state_id and tier in (None, t)]
+        for each in tiers:
+            self._release(obj.state_id, each)
+        reason = f"given back: {', '.join(tiers)}" if tiers else "it was not pinned"
+        return self.plane.receipt("unpin", started, bool(tiers), reason, obj=obj, tier=tier)
+
+    def release_all(self, state_id: str) -> None:
+        """The object goes, and its pins with it."""
+        for pinned, tier in list(self.pins):
+            if pinned == state_id:
+                self._release(state_id, tier)
+
+    def note_stored(self, digests: Iterable[bytes]) -> None:
+        """Blocks were computed: those of pinned chains are held from now on."""
+        new = set(digests)
+        for pin in self.pins.values():
+            if pin.tier == DEVICE and not new.isdisjoint(pin.keys):
+                self._hold_on_device(pin)
+
+    def expire(self) -> None:
+        """End the pins whose time is over."""
+        now = self.plane.clock.now_ns()
+        for (state_id, tier), pin in list(self.pins.items()):
+            if pin.until_ns is not None and now >= pin.until_ns:
+                self._release(state_id, tier)
+                obj = self.plane.catalog.objects.get(state_id)
+                self.plane.receipt("unpin", now, True, "its time is over", obj=obj, tier=tier)
+
+    def pins_of(self, state_id: str) -> list[Pin]:
+        """The object's claims."""
+        return [pin for pin in self.pins.values() if pin.state_id == state_id]
+
+    def _keys(self, obj: StateObject, tier: str) -> list[bytes]:
+        return list(obj.chain) if tier == DEVICE else self.plane.catalog.keys_of(obj)
+
+    def _size(self, obj: StateObject, tier: str) -> int:
+        device = self.plane.device
+        if tier == DEVICE:
+            return 0 if device is None else len(obj.chain) * device.block_bytes
+        return sum(entry.size_bytes for entry in self.plane.catalog.entries_of(obj))
+
+    def _refusal(self, obj: StateObject, tier: str, size: int) -> str:
+        """Why not; empty where the pin can be had."""
+        if tier == DEVICE:
+            if self.plane.device is None:
+                return "there is no device here: only an engine has one"
+            if not obj.chain:
+                return f"it has no full block of {self.plane.settings.block_size} tokens"
+            capacity: int | None = self.plane.device.num_blocks * self.plane.device.block_bytes
+        else:
+            capacity = self.plane.places[tier].tier.quota_bytes
+        if capacity is None:
+            return ""
+        others = sum(pin.size_bytes for key, pin in self.pins.items() if pin.tier == tier and key[0] != obj.state_id)
+        room = int(capacity * self.plane.settings.pinned_share)
+        if others + size > room:
+            return f"{size:,} bytes beside {others:,} pinned ones are more than the {room:,} that pins may hold"
+        return ""
+
+    def _hold(self, pin: Pin, blocks: list[KVBlock]) -> str:
+        device = self.plane.device
+        if pin.tier != DEVICE or device is None:
+            for key in pin.keys:
+                self.plane.places[pin.tier].victims.hold(key)
+            return f"{len(pin.keys)} pieces held in {pin.tier}"
+        self._load_missing(blocks)
+        self._hold_on_device(pin)
+        here = sum(device.holds(key) for key in pin.keys)
+        rest = "" if here == len(pin.keys) else f"; the other {len(pin.keys) - here} when they are computed"
+        return f"{here} of {len(pin.keys)} blocks held on the device{rest}"
+
+    def _load_missing(self, blocks: list[KVBlock]) -> None:
+        device = self.plane.device
+        if device is None:
+            return
+        missing = [block for block in blocks if not device.holds(block.digest)]
+        load = self.migration.wait(self.migration.load(missing))
+        if load.num_blocks:
+            payloads = [payload for payload in load.payloads[: load.num_blocks] if payload is not None]
+            device.load(missing[: load.num_blocks], payloads)
+
+    def _hold_on_device(self, pin: Pin) -> None:
+        """A new lease on all that is there before the old one goes, so that nothing slips away between."""
+        device = self.plane.device
+        if device is None:
+            return
+        old, pin.lease = pin.lease, device.hold([key for key in pin.keys if device.holds(key)], f"pin {pin.state_id}")
+        if old is not None:
+            device.release(old)
+
+    def _release(self, state_id: str, tier: str) -> None:
+        pin = self.pins.pop((state_id, tier), None)
+        if pin is None:
+            return
+        if pin.tier != DEVICE:
+            for key in pin.keys:
+                self.plane.places[tier].victims.release(key)
+        elif pin.lease is not None and self.plane.device is not None:
+            self.plane.device.release(pin.lease)

@@ -1,0 +1,29 @@
+"""Settings of a state plane: limits, deadlines and marks, with their defaults.
+
+What it is: one frozen record. What it knows nothing about: where it is read from. Invariant: every bound
+that a caller can run into has a name here, which the refusal names, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StateSettings:
+    """What a state plane allows itself and others.
+
+    `namespace_bytes`: what one tenant may hold in one tier (None: as much as there is). `pinned_share`: of a
+    tier, what pins may hold together. `layout`, `layers`: how a block's bytes lie, where no device says so.
+    """
+
+    block_size: int = 16
+    layout: str = ""
+    layers: int = 1
+    read_deadline_ms: float = 2_000.0
+    write_deadline_ms: float = 10_000.0
+    max_object_bytes: int = 4 << 20
+    objects_per_namespace: int = 10_000
+    namespace_bytes: int | None = None
+    pinned_share: float = 0.5
+    spill_batch: int = 16

@@ -1,0 +1,299 @@
+"""StateStore: the state plane's face. Each verb names which of the four questions it answers.
+
+    naming      put update get match fork drop export import_
+    residency   pin unpin
+    migration   migrate spill load lookup
+    reclaim     evict
+    and         verify explain top ls tick poll close
+
+What it is: one object that finds the object a verb is about, within the caller's namespace, and hands it to
+the module of that verb. What it knows nothing about: how any of it works. Invariants: one thread calls
+(`commands.py` brings the calls of others to it, between steps); every action leaves a receipt, a refusal
+too; a namespace of None is the operator, who sees everything by id.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nanovllm.core.clock import Clock, MonotonicClock
+from nanovllm.core.digest import Digest, root_digest
+from nanovllm.errors import StateNotFoundError
+from nanovllm.state.audit import Audit
+from nanovllm.state.bundle import Bundles
+from nanovllm.state.catalog import Entry
+from nanovllm.state.kinds.table import KIND_TABLE
+from nanovllm.state.migration import Load, Migration
+from nanovllm.state.mover import Transfer
+from nanovllm.state.naming import Naming
+from nanovllm.state.objects import (
+    DEFAULT_NAMESPACE,
+    KVBlock,
+    Metadata,
+    StateId,
+    StateMatch,
+    StateObject,
+    Storable,
+    check_ttl,
+)
+from nanovllm.state.place import Place
+from nanovllm.state.plane import Plane
+from nanovllm.state.policies.policy import Policy
+from nanovllm.state.policies.registry import PolicyParts, make_policy
+from nanovllm.state.policies.victims import Victims
+from nanovllm.state.receipts import Explanation, Receipt
+from nanovllm.state.reclaim import Reclaim
+from nanovllm.state.residency import Residency
+from nanovllm.state.restore import restore
+from nanovllm.state.settings import StateSettings
+from nanovllm.state.tiers.device import DeviceTier
+from nanovllm.state.tiers.disk import DiskTier
+from nanovllm.state.tiers.host import HostTier
+from nanovllm.state.tiers.tier import Tier
+
+Given = Metadata | Mapping[str, Any] | None
+CostOf = Callable[[int, int], float]
+HOST_BYTES, DISK_BYTES = 256 << 20, 4 << 30
+SWEEP_MS = 1_000
+
+
+def free_of_cost(cached: int, new: int) -> float:
+    """T(cached, new) where nobody measured it."""
+    return 0.0
+
+
+class StateStore:
+    """Named state over tiers, the fastest first. `warnings` says what was found amiss at the start."""
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        device: DeviceTier | None = None,
+        settings: StateSettings | None = None,
+        model: str = "",
+        root_of: Callable[[str], Digest] | None = None,
+        cost_of: CostOf = free_of_cost,
+        clock: Clock | None = None,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        threads: bool = True,
+    ) -> None:
+        clock = clock or MonotonicClock()
+        settings = settings or StateSettings()
+        if device is not None:
+            settings = replace(settings, block_size=device.block_size)
+        places = {tier.name: _place(tier, clock, cost_of, threads) for tier in tiers}
+        root = root_of or (lambda namespace: root_digest({"model": model, "namespace": namespace}))
+        parts = PolicyParts(clock, cost_of)
+        policy_of = lambda name: make_policy(name, parts)  # noqa: E731
+        self.plane = Plane(places, settings, clock, wall_ms, root, policy_of, device)
+        self._reclaim = Reclaim(self.plane, self._demote)
+        self._migration = Migration(self.plane, self._reclaim)
+        self._naming = Naming(self.plane, self._reclaim)
+        self._residency = Residency(self.plane, self._migration)
+        self._bundles = Bundles(self.plane, self._naming, self._migration)
+        self._audit = Audit(self.plane, self._residency)
+        self._swept_ms = 0
+        self.warnings = [*(w for tier in tiers for w in getattr(tier, "warnings", ())), *restore(self.plane)]
+        self.tick()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        host_bytes: int = HOST_BYTES,
+        disk_bytes: int = DISK_BYTES,
+        remote: Tier | None = None,
+        read_only: bool = False,
+        **options: Any,
+    ) -> StateStore:
+        """Memory, and a folder where one is named. Raises StateFolderError where it is in use or none of ours."""
+        tiers: list[Tier] = [HostTier(host_bytes)]
+        if folder is not None:
+            tiers.append(DiskTier(Path(folder), disk_bytes, read_only=read_only))
+        return cls([*tiers, remote] if remote is not None else tiers, **options)
+
+    # naming
+
+    def put(self, obj: Storable, metadata: Given = None) -> StateId:
+        """Keep text, token ids, messages, a Document or a Session; its id, which never changes.
+
+        Acknowledged as durable means: on the disk. Raises TypeError on anything else, InvalidRequestError,
+        StateConflictError (the name is taken), StateRefusedError (no room; it has the receipt).
+        """
+        return self._naming.put(obj, Metadata.of(metadata))
+
+    def update(
+        self, state_id: str, obj: Storable, *, generation: int | None = None, namespace: str | None = None
+    ) -> Receipt:
+        """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`."""
+        return self._naming.update(self.find(state_id, namespace), obj, generation)
+
+    def get(self, state_id: str, namespace: str | None = None) -> Storable:
+        """What was put, verified. Takes an id, `name` or `name@version`. Raises StateNotFoundError."""
+        return self._naming.get(self.find(state_id, namespace))
+
+    def match(self, tokens: Sequence[int], namespace: str = DEFAULT_NAMESPACE) -> StateMatch:
+        """How much KV of this prompt lies where. Changes nothing, touches no disk; a forecast until it is read."""
+        return self._naming.match(tokens, namespace)
+
+    def fork(self, state_id: str, metadata: Given = None, namespace: str | None = None) -> StateId:
+        """A second object that begins as the first; it shares its KV and goes its own way."""
+        obj = self.find(state_id, namespace)
+        given = Metadata.of({"namespace": obj.namespace} if metadata is None else metadata)
+        return self._naming.fork(obj, given)
+
+    def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Receipt:
+        """Out of every tier: the text, and the KV that only this object owned."""
+        return self._drop(self.find(state_id, namespace), reason)
+
+    def export(self, state_id: str, namespace: str | None = None) -> bytes:
+        """The object and its KV as one verified bundle."""
+        return self._bundles.export(self.find(state_id, namespace))
+
+    def import_(self, bundle: bytes, metadata: Given = None) -> StateId:
+        """Take a bundle in under a new id. Raises StateBundleError; then nothing changed."""
+        return self._bundles.import_(bundle, Metadata.of(metadata))
+
+    # residency
+
+    def pin(
+        self, state_id: str, device: str = "gpu", ttl: float | None = None, namespace: str | None = None
+    ) -> Receipt:
+        """Keep its bytes in a tier for `ttl` seconds; `gpu`, `cuda`, `cpu` and `device` are the device tier.
+
+        Refused where all pins together would take more than their share, where there is no such tier
+        here, or where its bytes are nowhere. On the device, blocks computed later are held from then on.
+        """
+        obj = self.find(state_id, namespace)
+        if ttl is not None:
+            check_ttl(ttl)
+        blocks = self._naming.blocks_of(obj)
+        return self._residency.pin(self.plane.catalog.objects[obj.state_id], device, ttl, blocks)
+
+    def unpin(self, state_id: str, device: str | None = None, namespace: str | None = None) -> Receipt:
+        """Give the claim back, in one tier or in all. Not ok where it was not pinned."""
+        return self._residency.unpin(self.find(state_id, namespace), device)
+
+    # migration
+
+    def migrate(self, state_id: str, tier: str, namespace: str | None = None) -> Receipt:
+        """Bring its bytes to `tier` and give up copies above it. A text's last durable copy stays where it is."""
+        return self._migration.migrate(self.find(state_id, namespace), tier)
+
+    def spill(self, blocks: Sequence[tuple[KVBlock, bytes]], tier: str | None = None) -> Transfer | None:
+        """Engine: begin to write computed blocks; None where nothing was begun."""
+        return self._migration.spill(blocks, tier)
+
+    def load(self, blocks: Sequence[KVBlock], then: Callable[[Load], None] = lambda load: None) -> Load:
+        """Engine: begin to read blocks; told when every tier has answered or is over its deadline."""
+        return self._migration.load(blocks, then)
+
+    def lookup(self, blocks: Sequence[KVBlock]) -> list[Transfer]:
+        """Engine: ask shared tiers for blocks that nobody here has."""
+        return self._migration.lookup(blocks)
+
+    # reclaim
+
+    def evict(
+        self,
+        policy: str | None = None,
+        bytes: int | None = None,
+        kind: str | None = None,
+        tier: str | None = None,
+    ) -> Receipt:
+        """Free `bytes` of a tier, or one object's; `tier` is the fastest that has a candidate where none is named.
+
+        A `policy` that is not the one in force ranks by each object's last use. Nothing that is held goes.
+        """
+        return self._reclaim.evict(policy, bytes, kind, tier)
+
+    # looking
+
+    def verify(self, tier: str | None = None, *, repair: bool = False) -> Receipt:
+        """Read and check everything. Not ok where something is damaged; with `repair` that is set aside."""
+        return self._audit.verify(tier, repair)
+
+    def explain(self, state_id: str, namespace: str | None = None) -> Explanation:
+        """What is known of an object and every decision that concerned it."""
+        return self._audit.explain(self.find(state_id, namespace))
+
+    def ls(self, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
+        """The objects that a tenant may see, the oldest first; all of them for the operator."""
+        objects = sorted(self.plane.catalog.objects.values(), key=lambda obj: (obj.created_ms, obj.state_id))
+        seen = [o for o in objects if namespace is None or KIND_TABLE[o.kind].visible_to(o, namespace)]
+        return [obj for obj in seen if kind in (None, obj.kind)]
+
+    def top(self) -> dict[str, Any]:
+        """Counters and bytes of each tier."""
+        tiers = {name: place.facts() for name, place in self.plane.places.items()}
+        return {"objects": len(self.plane.catalog.objects), "transfers": self.plane.mover.num_pending, "tiers": tiers}
+
+    def find(self, state_id: str, namespace: str | None = None) -> StateObject:
+        """The object of an id or name, if the caller may see it and it has not expired."""
+        obj = self.plane.catalog.find(state_id, namespace)
+        if obj.expires_ms is not None and self.plane.wall_ms() >= obj.expires_ms:
+            self._drop(obj, "expired")
+            raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
+        return obj
+
+    # time
+
+    def touch(self, digests: Iterable[bytes], cached: int, new: int, *, hit: bool) -> None:
+        """Engine: a request used these blocks; it found `cached` tokens and computed `new`."""
+        for digest in digests:
+            entry = self.plane.catalog.entries.get(digest)
+            if entry is not None:
+                self.plane.touch(entry, cached, new, hit=hit)
+
+    def note_stored(self, digests: Iterable[bytes]) -> None:
+        """Engine: these blocks are on the device now; pins that waited for them hold them."""
+        self._residency.note_stored(digests)
+
+    def poll(self) -> None:
+        """End transfers that are over; between steps."""
+        self.plane.mover.poll()
+
+    def tick(self) -> None:
+        """`poll`, and what time brings: pins and objects that expire, removals that are owed."""
+        self.poll()
+        self._residency.expire()
+        self.plane.pay_debts()
+        now = self.plane.wall_ms()
+        if now - self._swept_ms >= SWEEP_MS:
+            self._swept_ms = now
+            for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
+                self._drop(obj, "expired")
+
+    def close(self) -> None:
+        """Finish what is under way, close the tiers, let the next owner in."""
+        for place in self.plane.places.values():
+            place.close()
+        self.poll()
+
+    def __enter__(self) -> StateStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _drop(self, obj: StateObject, reason: str) -> Receipt:
+        self._residency.release_all(obj.state_id)
+        return self._naming.drop(obj, reason)
+
+    def _demote(self, place: Place, entry: Entry) -> str | None:
+        return self._migration.demote(place, entry)
+
+
+def _place(tier: Tier, clock: Clock, cost_of: CostOf, threads: bool) -> Place:
+    """A tier with a policy of its own for each kind."""
+    parts = PolicyParts(clock, cost_of)
+    policies: dict[str, Policy] = {
+        kind.name: make_policy(kind.policy_in(tier.name), parts) for kind in KIND_TABLE.values()
+    }
+    return Place(tier, Victims(policies), clock, threads=threads)

@@ -55,6 +55,9 @@ def cache(
     ] = None,
     ttl: Annotated[float, _flag("--ttl", "Of the policy ttl, seconds after the last use.", CACHE)] = 600.0,
     half_life: Annotated[float, _flag("--half-life", "Of a use, for value_density, seconds.", CACHE)] = 300.0,
+    second_sight: Annotated[
+        bool, _flag("--second-sight", "Evict only for blocks that were computed before.", CACHE)
+    ] = False,
     scale: Annotated[int, _flag("--scale", "Divide lengths and blocks by this.", PRICES, min=1)] = 32,
     hash_block: Annotated[
         int | None, _flag("--hash-block", "Tokens a hash id stands for (default: told by the lengths).", PRICES, min=1)
@@ -79,7 +82,7 @@ def cache(
     if plot is not None:
         check_plot_path(plot)
     check_policies(policy or ())
-    setting = ReplaySetting(_costs(cost), ttl, half_life)
+    setting = ReplaySetting(_costs(cost), ttl, half_life, second_sight)
     unit = hash_block or block_tokens_of(read_prefix_trace(file))
     trace = make_cache_trace(
         read_prefix_trace(file), unit, setting.costs, scale=scale, bytes_per_token=kv_bytes, limit=requests

@@ -64,6 +64,7 @@ class Comparison:
             },
             "ttl_s": self.setting.ttl_s,
             "half_life_s": self.setting.half_life_s,
+            "second_sight": self.setting.second_sight,
             "infinite": self.infinite.as_dict(),
             "runs": [run.as_dict() for run in self.runs],
         }

@@ -37,6 +37,7 @@ class ReplaySetting:
     costs: CostTable
     ttl_s: float = 600.0
     half_life_s: float = 300.0
+    second_sight: bool = False  # where room must be made, only for blocks that were computed before
 
     def __post_init__(self) -> None:
         for param, seconds in (("ttl", self.ttl_s), ("half_life", self.half_life_s)):
@@ -150,7 +151,13 @@ class Replay:
         self._oracle = Clairvoyant(trace) if policy == Clairvoyant.name else None
         self._policy: Policy = self._oracle or make_policy(policy, self._parts())
         self._ttl = self._policy if isinstance(self._policy, TTL) else None
-        self.cache = Cache(capacity, self._policy, self._oracle.admits if self._oracle else always)
+        self._seen: set[int] = set()
+        self.cache = Cache(capacity, self._policy, self._admission())
+
+    def _admission(self) -> Admits:
+        if self._oracle is not None:
+            return self._oracle.admits
+        return (lambda block, victim: block.key in self._seen) if self._setting.second_sight else always
 
     def _parts(self) -> PolicyParts:
         setting = self._setting
@@ -166,6 +173,8 @@ class Replay:
         found = self.cache.find(prompt.blocks)
         cached = min(found * self._block_tokens, prompt.tokens - 1)
         taken = self.cache.serve(prompt.blocks, found, cached, prompt.tokens - cached)
+        if self._setting.second_sight:
+            self._seen.update(block.key for block in prompt.blocks)
         self._count(prompt, found, cached, taken)
         return found
 

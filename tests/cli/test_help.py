@@ -141,6 +141,7 @@ SNAPSHOT = {
         "--requests",
         "--ttl",
         "--half-life",
+        "--second-sight",
         "--scale",
         "--hash-block",
         "--cost",
@@ -195,7 +196,7 @@ def test_pull_says_where_the_model_lies(nanovllm: Run) -> None:
 def test_doctor(command: Run, nanovllm: Run) -> None:
     report = json.loads(command("doctor", "--json").stdout)
     assert report["ok"] is True
-    names = ["versions", "processor", "cores", "memory", "device", "dtype", "model", "matmul", "self-test"]
+    names = ["versions", "processor", "cores", "memory", "device", "dtype", "kernels", "model", "matmul", "self-test"]
     assert [check["name"] for check in report["checks"]] == names
     assert all(check["fix"] for check in report["checks"] if check["problem"])
     table = nanovllm("doctor")

@@ -107,6 +107,13 @@ def test_what_expired_is_not_found() -> None:
     assert replay(small(["ab", "ab", "ab"], step_ms=7999), "ttl", None, SETTING).hit_blocks == 4
 
 
+def test_on_second_sight_nothing_goes_for_what_is_new() -> None:
+    """One block of room: "a" stays until "b" comes for the second time."""
+    setting = ReplaySetting(COSTS, second_sight=True)
+    assert replay(small(["a", "b", "a", "b", "b", "a"]), "lru", 1, setting).hit_blocks == 2
+    assert replay(small(["a", "b", "a", "b", "b", "a"]), "lru", 1, SETTING).hit_blocks == 1
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="no policy 'mru'"):
         replay(small(["a"]), "mru", 1, SETTING)

@@ -20,6 +20,26 @@ from nanovllm.serve.protocol import refused_fields
 Body = TypeVar("Body", bound=msgspec.Struct)
 _PLACE = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`", re.DOTALL)
+_ELSEWHERE = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
+_ELSEWHERE_CALLED = {  # by llama.cpp, Ollama, TGI and by vLLM's offline API
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "format": "response_format",
+    "json_schema": "response_format",
+    "grammar": "structured_outputs",
+    "guided_decoding": "structured_outputs",
+    "enable_thinking": "chat_template_kwargs",
+    "thinking": "chat_template_kwargs",
+    "think": "chat_template_kwargs",
+    "input": "prompt",
+    "inputs": "prompt",
+    "content": "prompt",
+    "text": "prompt",
+}
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 
 
@@ -83,10 +103,21 @@ def _refusal(message: str, kind: type[msgspec.Struct]) -> InvalidRequestError:
 
 def _unknown(path: str, name: str, kind: type[msgspec.Struct]) -> UnsupportedParameterError:
     shown = name[:60]
-    near = [] if path else difflib.get_close_matches(shown, kind.__struct_fields__, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "It would be ignored, so it is refused."
+    hint = None if path else _hint(shown, kind)
     param = _joined(path, shown)
-    return UnsupportedParameterError(f"Unknown field {param}.", param=param, hint=hint)
+    return UnsupportedParameterError(
+        f"Unknown field {param}.", param=param, hint=hint or "It would be ignored, so it is refused."
+    )
+
+
+def _hint(name: str, kind: type[msgspec.Struct]) -> str | None:
+    """What somebody who is used to another server, or cannot type, may have meant; a field that is honoured."""
+    if name in _ELSEWHERE:
+        return f"POST {_ELSEWHERE[name]} takes it."
+    honoured = [field for field in kind.__struct_fields__ if field not in refused_fields(kind)]
+    known_as = [_ELSEWHERE_CALLED[name]] if _ELSEWHERE_CALLED.get(name) in honoured else []
+    near = known_as or difflib.get_close_matches(name, honoured, n=1, cutoff=0.75)
+    return f"Did you mean {near[0]}?" if near else None
 
 
 def _joined(path: str, name: str) -> str:

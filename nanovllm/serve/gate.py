@@ -194,7 +194,8 @@ def _in_our_words(error: Exception) -> Exception:
     if not isinstance(error, HTTPException):
         return error
     if error.status_code == 404:
-        return NotFoundError("There is nothing at this path.")
+        hint = "A client's base URL ends in /v1; GET /openapi.json lists the paths."
+        return NotFoundError("There is nothing at this path.", hint=hint)
     if error.status_code == 405:
         allow = (error.headers or {}).get("Allow", "")
         return MethodNotAllowedError("This path has no such method.", allow=allow, hint=f"It has {allow}.")

@@ -80,6 +80,14 @@ def test_unknown_paths_are_closed_too(server: Factory, path: str) -> None:
     assert (live.get(path).status, live.get(path).code) == (404, "not_found")
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/api/chat", "/v1/embeddings", "/v1/chat/completions/"])
+def test_a_wrong_path_is_shown_the_way(server: Factory, path: str) -> None:
+    answer = server().ask("POST", path, {})
+    assert (answer.status, answer.code) == (404, "not_found") and "base URL ends in /v1" in answer.json["error"][
+        "message"
+    ]
+
+
 def test_methods_that_are_not_there(server: Factory) -> None:
     live = server(**KEYED)
     answer = live.get(COMPLETIONS)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import msgspec
 import pytest
 
 from nanovllm.errors import InvalidRequestError, UnsupportedParameterError
-from nanovllm.serve.decode import decode, depth_of
+from nanovllm.serve.decode import _ELSEWHERE_CALLED, decode, depth_of
 from nanovllm.serve.protocol import HINTS, REQUESTS, ChatRequest, CompletionRequest, DetokenizeRequest, refused_fields
 
 USER = {"role": "user", "content": "hi"}
@@ -135,6 +136,34 @@ def test_an_unknown_field_is_refused_with_the_nearest(field: str, hint: str | No
     error = refusal(chat(**{field: 1}))
     assert isinstance(error, UnsupportedParameterError) and error.param == field[:60]
     assert f"Did you mean {hint}?" in str(error) if hint else "Did you mean" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "hint"),
+    [
+        (ChatRequest, "n_predict", "Did you mean max_tokens?"),
+        (ChatRequest, "repeat_penalty", "Did you mean repetition_penalty?"),
+        (ChatRequest, "grammar", "Did you mean structured_outputs?"),
+        (ChatRequest, "enable_thinking", "Did you mean chat_template_kwargs?"),
+        (CompletionRequest, "enable_thinking", "It would be ignored, so it is refused."),
+        (ChatRequest, "return_token_ids", "It would be ignored, so it is refused."),  # not stop_token_ids
+        (ChatRequest, "prompt", "POST /v1/completions takes it."),
+        (CompletionRequest, "messages", "POST /v1/chat/completions takes it."),
+        (CompletionRequest, "inputs", "Did you mean prompt?"),
+    ],
+)
+def test_who_comes_from_another_server_is_shown_the_way(kind: type, field: str, hint: str) -> None:
+    required = {"messages": [USER]} if kind is ChatRequest else {"prompt": "x"}
+    assert refusal(required | {field: 1}, kind).hint == hint
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_no_hint_leads_to_another_refusal(kind: type) -> None:
+    required = {"messages": [USER]} if kind is ChatRequest else {"prompt": "x"}
+    for name in (*_ELSEWHERE_CALLED, "guided_jsn", "sufix", "prompt_embed", "predict", "truncate_prompt_token"):
+        hint = refusal(required | {name: 1}, kind).hint or ""
+        found = re.fullmatch(r"Did you mean (\w+)\?", hint)
+        assert found is None or found[1] in set(kind.__struct_fields__) - refused_fields(kind).keys()
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])

@@ -45,9 +45,9 @@ _PROSE = {
     ),
     "change_line": (
         "{case}, pool {small} -> {large} blocks: T_queue {queue} ms (runs of one arm differ by {noise}), "
-        "T_prefill {prefill} ms, TTFT {ttft} ms ({label}; medians of paired differences): {verdict}",
+        "T_prefill {prefill} ms, TTFT {ttft} ms ({label}; means of paired differences): {verdict}",
         "{case}，池 {small} -> {large} 块：T_queue {queue} ms（同臂差异 {noise}），T_prefill {prefill} ms，"
-        "TTFT {ttft} ms（{label}；同一请求配对差的中位数）：{verdict}",
+        "TTFT {ttft} ms（{label}；同一请求配对差的均值）：{verdict}",
     ),
     "chain_rule": (
         "Fixed before the run: the chain is refuted unless every link stands as above and, on the larger pool, "

@@ -118,7 +118,7 @@ def not_alternating(folder: Path) -> None:
     runs = ["base-short_ctx", "base-long_ctx", "base-mixed_ctx", "roomy-short_ctx", "roomy-long_ctx", "roomy-mixed_ctx"]
     new = {f"{run}-2": position for position, run in enumerate([*runs, "tight-short_ctx"], 8)}
     for path in sorted((folder / "raw").glob("*-2.*")):
-        position, rest = path.name.split("-", 1)
+        rest = path.name.split("-", 1)[1]
         path.rename(path.with_name(f"new-{new[rest.split('.')[0]]:02d}-{rest}"))
     for path in (folder / "raw").glob("new-*"):
         path.rename(path.with_name(path.name.removeprefix("new-")))
@@ -155,6 +155,7 @@ def time_goes_back(folder: Path) -> None:
 
 def other_requests(folder: Path) -> None:
     """A prompt shorter than the seed's, in every record of its request."""
+
     def shorter(record: dict[str, Any]) -> dict[str, Any]:
         if record.get("request_id") != "s3-t0" or "stage" not in record:
             return record
@@ -196,7 +197,7 @@ def mute_observer(folder: Path) -> None:
 
 
 def edited_readme(folder: Path) -> None:
-    edit_text(folder / "README.md", "48", "49")
+    edit_text(folder / "README.md", "28", "29")
 
 
 def smuggled_file(folder: Path) -> None:

@@ -72,8 +72,8 @@ class Size:
         return generate(case, self.knobs(case, seed, vocab))
 
 
-FULL = Size(64, 640, 40, 20, 8, base_blocks=144, tight_blocks=24, roomy_blocks=400)
-QUICK = Size(48, 256, 20, 12, 6, base_blocks=48, tight_blocks=18, roomy_blocks=136)
+FULL = Size(64, 512, 40, 16, 8, base_blocks=112, tight_blocks=24, roomy_blocks=320)
+QUICK = Size(48, 160, 20, 8, 4, base_blocks=28, tight_blocks=13, roomy_blocks=64)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 What it is: five links read off the base arm, and interventions on the pool alone. What it
 knows nothing about: files, wording. Invariants: what would refute each part is fixed here,
 before any run; a part that fails makes the chain `refuted`, and where the pool never was the
-wall it is `not tested`; it is never left out. Changes are paired: the same request with the
-same tokens, once on either pool.
+wall it is `not tested`; it is never left out. Changes are paired, the same request with the
+same tokens once on either pool, and averaged: with a pool that is too small some wait long and some not at all.
 
     A link holds where the figure of long_ctx stands to short_ctx's as the chain says.
     An intervention (each case that waited for blocks in `base`, on the roomy pool; and the reverse, short_ctx
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from nanovllm.lab.experiment_4.cases import CASES
@@ -94,8 +94,8 @@ def _change(small: Sequence[Terms], large: Sequence[Terms], term: str, label: st
     changes = [_paired_ms(a, b, term) for a, b in zip(small, large, strict=True)]
     same = [abs(_paired_ms(a, b, term)) for arm in (small, large) for a, b in combinations(arm, 2)]
     return {
-        "small_pool": _median_ms(small, term),
-        "large_pool": _median_ms(large, term),
+        "small_pool": _mean_ms(small, term),
+        "large_pool": _mean_ms(large, term),
         "change": median(changes),
         "change_of_repeats": changes,
         "same_arm": max(same, default=0.0),
@@ -105,10 +105,10 @@ def _change(small: Sequence[Terms], large: Sequence[Terms], term: str, label: st
 
 
 def _paired_ms(a: Terms, b: Terms, term: str) -> float:
-    """Median over the requests of what the term changes by for one and the same request."""
-    return round(median(b[name][term] - a[name][term] for name in a) / 1e6, 3)
+    """Mean over the requests of what the term changes by for one and the same request."""
+    return round(fmean(b[name][term] - a[name][term] for name in a) / 1e6, 3)
 
 
-def _median_ms(runs: Sequence[Terms], term: str) -> float:
-    """Median over all requests of all repeats."""
-    return round(median(request[term] for run in runs for request in run.values()) / 1e6, 3)
+def _mean_ms(runs: Sequence[Terms], term: str) -> float:
+    """Mean over all requests of all repeats."""
+    return round(fmean(request[term] for run in runs for request in run.values()) / 1e6, 3)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.lab.experiment_4.cases import FULL, MIN_REPEATS, QUICK, RUNS, PlannedRun, Size, plan
+from nanovllm.lab.experiment_4.cases import ARMS, FULL, MIN_REPEATS, RUNS, SHARED_LEN, PlannedRun, Size, plan
 from nanovllm.lab.experiment_4.figures import TOKEN_STAGES
 from nanovllm.lab.experiment_4.tables import RecordedRun, header_facts, read_run
 from nanovllm.lab.findings import Finding, differences
@@ -22,6 +22,7 @@ from nanovllm.observe.paths import RequestPath
 
 MANIFEST = "manifest.json"
 STAGES = ("entered", "queued", "scheduled", "prefill_begin", "prefill_end", "first_handover", "output_complete")
+MAX_SIZE = 10_000
 VOCAB = 256  # lengths do not depend on it
 
 
@@ -38,8 +39,12 @@ def planned_runs(manifest: dict[str, Any]) -> list[PlannedRun]:
 
 
 def size_of(manifest: dict[str, Any]) -> Size:
-    """The size the run says it had."""
-    return QUICK if manifest.get("quick") else FULL
+    """The size the run says it had, or the full one where it says nothing that makes sense."""
+    told = manifest.get("size")
+    if not isinstance(told, dict) or told.keys() != vars(FULL).keys():
+        return FULL
+    is_sound = all(type(value) is int and 1 <= value <= MAX_SIZE for value in told.values())
+    return Size(**told) if is_sound and min(told["short_len"], told["long_len"]) > SHARED_LEN else FULL
 
 
 def check_plan(manifest: dict[str, Any], runs: list[PlannedRun]) -> Iterator[Finding]:
@@ -52,7 +57,8 @@ def check_plan(manifest: dict[str, Any], runs: list[PlannedRun]) -> Iterator[Fin
         names = [of[first].name if first < len(of) else "-" for of in (runs, wanted)]
         yield Finding("order", MANIFEST, *names)
     size = size_of(manifest)
-    for path, found, value in differences(manifest.get("size"), dict(vars(size)), "size"):
+    told = {"size": manifest.get("size"), "pools": manifest.get("pools")}
+    for path, found, value in differences(told, {"size": vars(size), "pools": {arm: size.pool(arm) for arm in ARMS}}):
         yield Finding("manifest", f"{MANIFEST} {path}", str(found), str(value))
 
 

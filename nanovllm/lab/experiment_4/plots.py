@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.lab.experiment_4.cases import CASES
 from nanovllm.lab.experiment_4.tables import RecordedRun
+from nanovllm.observe.held_state import used_blocks
 from nanovllm.observe.paths import Span
-from nanovllm.observe.run_summary import used_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,6 +95,6 @@ def _interventions(figure: Figure, tables: dict[str, Any], recorded: list[Record
         axes.bar(names, queue, bottom=prefill, color=WAIT, label="T_queue")
         axes.set_title(f"{one['case']}: {one['verdict']}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(f"ms, median ({tables['label']})")
+    figure.axes[0].set_ylabel(f"ms, mean ({tables['label']})")
     figure.axes[-1].legend(frameon=False, fontsize=8)
     figure.suptitle("The same requests on a smaller and a larger pool")

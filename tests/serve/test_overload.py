@@ -24,9 +24,9 @@ ASKERS = 16
 
 @pytest.fixture
 def small() -> Iterator[Live]:
-    """A server with a short queue. Plain kernels: oneDNN keeps a primitive for each new shape, up to its own bound."""
+    """A server with a short queue."""
     server = {"max_queued_requests": QUEUE, "queue_timeout": 240.0, "shutdown_timeout": 5.0, "max_queued_tokens": 10**6}
-    engine = {"num_blocks": 1024, "max_num_seqs": RUNNING, "event_capacity": 1024, "kernels": "reference"}
+    engine = {"num_blocks": 1024, "max_num_seqs": RUNNING, "event_capacity": 1024}
     with breakable(), live_server(**server, **engine) as live:
         yield live
 

@@ -37,6 +37,7 @@ from nanovllm.engine.messages import (
     params_from_wire,
 )
 from nanovllm.engine.outputs import StepOutput
+from nanovllm.engine.state_count import count_totals
 from nanovllm.engine.watch import StateWatch
 from nanovllm.errors import ExecutionError, NanoVLLMError, UnhealthyError
 
@@ -246,17 +247,23 @@ class EngineLoop:
             dtype="" if tier is None else str(tier.pool.dtype).removeprefix("torch."),
             device="" if tier is None else tier.pool.device.type,
             label=self.engine.parts.label,
+            block_bytes=0 if tier is None else tier.block_bytes,
         )
 
     def stats(self) -> EngineStats:
         """The engine in numbers, as of now."""
         scheduler, marks = self.engine.scheduler, self.engine.marks
+        live, prefilling, entries = count_totals([*scheduler.running, *scheduler.loading])
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._compiling),
             loading=len(scheduler.loading),
             num_blocks=self._num_blocks,
             free_blocks=scheduler.kv.num_free_blocks,
+            cached_blocks=scheduler.kv.num_cached_blocks,
+            live_requests=live,
+            prefilling_requests=prefilling,
+            table_entries=entries,
             steps=marks.num_steps,
             bad_steps_in_a_row=max(self._bad_turns, self.engine.bad_steps_in_a_row),
             preemptions=scheduler.num_preemptions,

@@ -67,6 +67,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     dtype: str
     device: str
     label: str = "measured"
+    block_bytes: int = 0  # 0 where there are no tensors
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -77,6 +78,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     loading: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
+    cached_blocks: int = 0
+    live_requests: int = 0  # that hold blocks; of them `prefilling_requests` still compute their prompt
+    prefilling_requests: int = 0
+    table_entries: int = 0  # of their block tables: a shared block counts once for each
     steps: int = 0
     bad_steps_in_a_row: int = 0
     preemptions: int = 0

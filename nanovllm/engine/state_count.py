@@ -14,6 +14,12 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.observe.statistics import HeldState, StateCount
 
 
+def count_totals(holders: Iterable[Sequence]) -> tuple[int, int, int]:
+    """Live requests, those still prefilling, block table entries: the sums of `count_state`, cheap in each step."""
+    held = [seq for seq in holders if seq.block_table]
+    return len(held), sum(seq.is_prefilling for seq in held), sum(len(seq.block_table) for seq in held)
+
+
 def count_state(
     kv: KVState, holders: Iterable[Sequence], block_size: int, *, num_waiting: int = 0, block_bytes: int = 0
 ) -> StateCount:

@@ -9,7 +9,8 @@ tenant or path ever is one.
 
 Names, types, labels and buckets are vLLM's, so `--metrics-prefix vllm` serves a dashboard
 made for vLLM. `cached_tokens_total` and `num_aborted_requests_total` are SGLang's names;
-`loop_lag_seconds`, `event_bus_dropped_total` and `http_requests_total` are ours. Where we
+`loop_lag_seconds`, `event_bus_dropped_total`, `http_requests_total` and the state counter
+(`live_requests`, `prefilling_requests`, `kv_blocks`, `kv_table_entries`, `kv_bytes`) are ours. Where we
 differ: histograms of a request are observed at its end, and from its first sample; token
 histograms have the same buckets whatever the model's context, so servers can be added up.
 Not exported, for nothing measures it yet: how long blocks live (`kv_block_*`) and all that
@@ -42,6 +43,11 @@ class Reading:
     waiting: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
+    cached_blocks: int = 0
+    block_bytes: int = 0
+    live_requests: int = 0
+    prefilling_requests: int = 0
+    table_entries: int = 0
     steps: int = 0
     preemptions: int = 0
     prefill_tokens: int = 0
@@ -145,8 +151,20 @@ class EngineMetrics(Collector):
         yield self._gauge("num_requests_waiting", "Requests that wait for the engine.", reading.waiting)
         share = used / reading.num_blocks if reading.num_blocks else 0.0
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", share)
+        yield from self._state(reading, used)
         if self._cache is not None:
             yield self._gauge("cache_config_info", "The KV cache's settings, as labels.", 1, self._cache)
+
+    def _state(self, reading: Reading, used: int) -> Iterator[Metric]:
+        """The state counter: who holds blocks, blocks by state, bytes by kind; entries over used: sharing."""
+        blocks = {"used": used, "cached": reading.cached_blocks, "free": reading.free_blocks - reading.cached_blocks}
+        yield self._gauge("live_requests", "Requests that hold KV blocks.", reading.live_requests)
+        yield self._gauge("prefilling_requests", "Of them, those still in prefill.", reading.prefilling_requests)
+        yield self._gauge("kv_table_entries", "Block table entries of live requests.", reading.table_entries)
+        yield self._gauges_of("kv_blocks", "KV blocks by state.", blocks, "state")
+        kinds = dict(zip(("kv_held", "kv_cached", "free"), blocks.values(), strict=True))
+        sizes = {kind: count * reading.block_bytes for kind, count in kinds.items()}
+        yield self._gauges_of("kv_bytes", "The KV pool's bytes by kind.", sizes, "kind")
 
     def _labelled_counters(self) -> Iterator[Metric]:
         counts = {**dict.fromkeys(REJECTIONS, 0), **self._rejections()}
@@ -163,6 +181,12 @@ class EngineMetrics(Collector):
         labels = {**self._labels, **(more or {})}
         family = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))
         family.add_metric(list(labels.values()), value)
+        return family
+
+    def _gauges_of(self, name: str, text: str, values: Mapping[str, int], label: str) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, text, labels=[*self._labels, label])
+        for own, value in values.items():
+            family.add_metric([*self._labels.values(), own], value)
         return family
 
     def _counter(self, name: str, text: str, values: Mapping[tuple[str, ...], int], *labels: str) -> Metric:

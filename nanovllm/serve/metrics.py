@@ -32,9 +32,7 @@ class ServerMetrics:
         rejections: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._engine = engine
-        self._metrics = EngineMetrics(
-            prefix, model_name or engine.config.model, lambda: _reading(engine.stats), rejections
-        )
+        self._metrics = EngineMetrics(prefix, model_name or engine.config.model, self._read, rejections)
         engine.listeners.append(self._hear)
 
     def render(self) -> tuple[bytes, str]:
@@ -58,6 +56,10 @@ class ServerMetrics:
         for finished in report.finished:
             self._metrics.ended(_ended(finished, looks_up))
 
+    def _read(self) -> Reading:
+        has_started = hasattr(self._engine, "info")
+        return _reading(self._engine.stats, self._engine.info.block_bytes if has_started else 0)
+
 
 async def measure_loop_lag(histogram: Histogram) -> None:
     """Every 100 ms, how late the loop came back; until cancelled."""
@@ -79,12 +81,17 @@ def _cache_labels(engine: AsyncEngine) -> dict[str, object]:
     }
 
 
-def _reading(stats: EngineStats) -> Reading:
+def _reading(stats: EngineStats, block_bytes: int = 0) -> Reading:
     return Reading(
         running=stats.running,
         waiting=stats.waiting + stats.loading,
         num_blocks=stats.num_blocks,
         free_blocks=stats.free_blocks,
+        cached_blocks=stats.cached_blocks,
+        block_bytes=block_bytes,
+        live_requests=stats.live_requests,
+        prefilling_requests=stats.prefilling_requests,
+        table_entries=stats.table_entries,
         steps=stats.steps,
         preemptions=stats.preemptions,
         prefill_tokens=stats.prefill_tokens,

@@ -17,7 +17,7 @@ from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.engine import async_engine
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.engine.links import ProcessLink
-from nanovllm.engine.messages import EngineStats, ErrorInfo, Finished, StepReport
+from nanovllm.engine.messages import EngineInfo, EngineStats, ErrorInfo, Finished, StepReport
 from nanovllm.engine.request_stream import RequestStream
 from nanovllm.errors import DeadlineError, ExecutionError, UnhealthyError
 from nanovllm.observe.instruments import Histogram
@@ -56,6 +56,11 @@ OTHERS = {
     "num_aborted_requests_total": ("counter", set()),  # SGLang's
     "loop_lag_seconds": ("histogram", set()),
     "event_bus_dropped_total": ("counter", set()),
+    "live_requests": ("gauge", set()),
+    "prefilling_requests": ("gauge", set()),
+    "kv_table_entries": ("gauge", set()),
+    "kv_blocks": ("gauge", {"state"}),
+    "kv_bytes": ("gauge", {"kind"}),
     "http_requests_total": ("counter", {"status"}),
 }
 BUCKETS = {  # vLLM's
@@ -170,6 +175,7 @@ def test_gauges_while_requests_run() -> None:
         page = page_of(metrics.render()[0])
         assert (page["num_requests_running", ""], page["num_requests_waiting", ""]) == (2, 1)
         assert 0 < page["kv_cache_usage_perc", ""] < 1
+        check_state(page, engine)
         for stream in streams:
             stream.close()
         await at_rest(engine)
@@ -179,6 +185,18 @@ def test_gauges_while_requests_run() -> None:
         assert page["num_aborted_requests_total", ""] == 3 and page["kv_cache_usage_perc", ""] == 0
 
     run(body, max_num_seqs=2)
+
+
+def check_state(page: Page, engine: AsyncEngine) -> None:
+    """The state counter as metrics: two requests hold blocks that they do not share."""
+    info, used = engine.info, page["kv_blocks", "used"]
+    assert page["live_requests", ""] == 2 >= page["prefilling_requests", ""]
+    assert page["kv_table_entries", ""] == used > 0
+    assert sum(page["kv_blocks", state] for state in ("used", "cached", "free")) == info.num_blocks
+    assert page["kv_bytes", "kv_held"] == used * info.block_bytes > 0
+    assert (
+        sum(page["kv_bytes", kind] for kind in ("kv_held", "kv_cached", "free")) == info.num_blocks * info.block_bytes
+    )
 
 
 def test_counters_outlive_the_engine_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +277,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.config = EngineConfig.from_kwargs("m")
         self.stats, self.listeners = EngineStats(), []
-        self.info = type("Info", (), {"prefix_mode": "off", "block_size": 16, "num_blocks": 4, "dtype": "float32"})
+        self.info = EngineInfo("m", 10, 64, 16, 4, 4, 64, "off", "float32", "cpu")
 
 
 def test_how_a_request_ended() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.state_count import count_totals
 from nanovllm.observe.statistics import (
     HeldState,
     StateCount,
@@ -101,6 +102,7 @@ def test_the_counter_counts_the_blocks_that_are_there(work: list[tuple[int, int]
     distinct = len({block_id for seq in holders for block_id in seq.block_table})
     entries = sum(len(seq.block_table) for seq in holders)
     assert count.sharing_factor == (entries / distinct if distinct else None)
+    assert count_totals(holders) == (count.live_requests, count.prefilling_requests, entries)
 
 
 def test_shared_blocks_show_as_a_sharing_factor() -> None:

@@ -154,6 +154,11 @@ class Mover:
                 self._expire()
         return transfer
 
+    def settle(self) -> None:
+        """Until nothing is under way, what ended transfers began included."""
+        while self._pending:
+            self.wait(next(iter(self._pending.values())))
+
     @property
     def num_pending(self) -> int:
         """Transfers that have not ended."""

@@ -270,8 +270,13 @@ class StateStore:
             for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
                 self._drop(obj, "expired")
 
+    def settle(self) -> None:
+        """Wait until nothing is under way; the tiers' deadlines bound that."""
+        self.plane.mover.settle()
+
     def close(self) -> None:
         """Finish what is under way, close the tiers, let the next owner in."""
+        self.settle()
         for place in self.plane.places.values():
             place.close()
         self.poll()

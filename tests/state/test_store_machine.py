@@ -153,9 +153,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.device = None if self.device is None else FakeDevice()
         self.store = self.world.open(device=self.device, threads=self.threads)
         assert not self.store.warnings
-        for state_id in self.volatile:
+        here = {obj.state_id for obj in self.store.ls()}
+        for state_id in self.volatile - here:  # one that was migrated to the disk may have survived
             self.model.pop(state_id, None)
-        self.volatile.clear()
+        self.volatile &= here
         assert {obj.state_id for obj in self.store.ls()} == set(self.model)
 
     @rule()
@@ -188,12 +189,12 @@ def run(tmp_path: Path, examples: int, steps: int, *, threads: bool) -> None:
     run_state_machine_as_test(machine, settings=options)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(15, 20), pytest.param(400, 60, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "steps"), [(12, 20), pytest.param(200, 50, marks=pytest.mark.long)])
 def test_every_verb_in_any_order(tmp_path: Path, examples: int, steps: int) -> None:
     run(tmp_path, examples, steps, threads=False)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(5, 15), pytest.param(150, 50, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "steps"), [(5, 15), pytest.param(100, 40, marks=pytest.mark.long)])
 def test_every_verb_in_any_order_on_threads(tmp_path: Path, examples: int, steps: int) -> None:
     run(tmp_path, examples, steps, threads=True)
 

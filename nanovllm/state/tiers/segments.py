@@ -179,11 +179,20 @@ class Segments:
         last = max(self._segments, default=0)
         if last and self._segments[last].end + length <= self.segment_bytes:
             return last
-        number = last + 1
-        fd = self.folder.create(segment_name(number))
+        number, fd = self._create_after(last)
         with self._lock:
             self._segments[number] = Segment(fd)
         return number
+
+    def _create_after(self, number: int) -> tuple[int, int]:
+        """A new file behind all others, those that could not be read included."""
+        while True:
+            number += 1
+            try:
+                return number, self.folder.create(segment_name(number))
+            except TierError as error:
+                if not isinstance(error.__cause__, FileExistsError):
+                    raise
 
     def _mark_dead(self, key: bytes, place: Place) -> None:
         segment = self._segments[place.segment]

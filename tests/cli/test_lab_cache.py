@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,9 @@ from nanovllm.lab.cache_comparison import ALL_POLICIES
 from tests.observe.test_prefix_trace import ROWS, written
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).resolve().parents[2]
+SHOWN = re.compile(r"^```\n\$ python -m nanovllm (lab cache benchmarks.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+TABLES = SHOWN.findall((ROOT / "docs/policies.md").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -59,3 +64,31 @@ def test_the_document_has_every_run_with_its_prices(nanovllm: Run, trace: Path) 
 def test_flags_that_cannot_be_are_refused(nanovllm: Run, trace: Path, flags: tuple[str, ...], word: str) -> None:
     done = nanovllm("lab", "cache", str(trace), *flags)
     assert done.returncode == 2 and word in done.stderr
+
+
+def test_both_pages_show_the_same_tables() -> None:
+    assert len(TABLES) == 4
+    assert SHOWN.findall((ROOT / "docs/policies.zh.md").read_text(encoding="utf-8")) == TABLES
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("command", "shown"), TABLES)
+def test_the_pages_tables_are_what_the_commands_print(
+    nanovllm: Run, monkeypatch: pytest.MonkeyPatch, command: str, shown: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    done = nanovllm(*shlex.split(command), COLUMNS="80")
+    assert [line.rstrip() for line in done.stdout.splitlines()] == shown.splitlines()
+
+
+def test_two_cells_of_the_pages_tables(nanovllm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of them is a long test."""
+    monkeypatch.chdir(ROOT)
+    trace, capacity = "benchmarks/traces/mooncake_synthetic_trace.jsonl.gz", 4392
+    flags = ("--capacity", str(capacity), "--policy", "lru", "--policy", "pgdsf", "--json")
+    document = json.loads(nanovllm("lab", "cache", trace, *flags).stdout)
+    shown = next(table for command, table in TABLES if "synthetic" in command).splitlines()
+    column = next(line.split() for line in shown if line.startswith("blocks")).index(f"{capacity:,}")
+    for run in document["runs"]:
+        row = next(line.split() for line in shown if line.startswith(f"{run['policy']} "))
+        assert row[column] == f"{100 * run['token_hit_share']:.1f}"

@@ -132,6 +132,7 @@ class Feed:
         """The engine's view. The first one is a snapshot to everybody."""
         if not self._viewers:
             return  # it was on its way when the last one left
+        self._tell_state()
         is_first = self._board.is_empty
         frame = sse.frame(self._board.take(view))
         for viewer in self._viewers:

@@ -7,7 +7,7 @@ const STAGES = [
   ["return", "return"], ["decode", "decode"], ["preempted", "preempted"],
 ];
 const WINDOWS_S = [5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1800, 3600];
-const ROOMY_PX = 16; // below this height a lane is written small
+const ROOMY_PX = 15; // below this height a lane is written small
 const FEW = 40; // lanes to show where ended requests fill the place
 const TICKS = 5;
 

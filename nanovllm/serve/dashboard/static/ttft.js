@@ -43,7 +43,7 @@ export class Ttft {
   draw(model, picked) {
     const known = model.withFirstToken();
     say(byId("ttft-label"), model.engine.label);
-    say(byId("ttft-facts"), known.length ? `last ${count(known.length)} requests` : "no first token yet");
+    say(byId("ttft-facts"), known.length ? known.length === 1 ? "of one request" : `last ${count(known.length)} requests` : "no first token yet");
     for (const [term, cells] of this.cells) this.fill(term, cells, known, model.find(picked));
     const last = known.at(-1);
     const sign = `${known.length} ${last?.id} ${last?.terms.ttft} ${picked}`;

@@ -72,7 +72,8 @@ def test_both_pages_show_the_same_tables() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("command", "shown"), TABLES)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("command", "shown"), TABLES, ids=["conversation", "synthetic", "full_length", "second_sight"])
 def test_the_pages_tables_are_what_the_commands_print(
     nanovllm: Run, monkeypatch: pytest.MonkeyPatch, command: str, shown: str
 ) -> None:

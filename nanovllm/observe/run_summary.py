@@ -53,7 +53,7 @@ COMPARED = {  # figure -> where it stands in a summary
     "processor-seconds/token": ("cost", "processor_seconds_per_token"),
     "TTFT p99/p50": ("stability", "ttft_p99_over_p50"),
 }
-_RAN_AS = ("policy", "schedule_mode", "block_size", "num_blocks", "prefix_mode", "prior_state", "dtype", "knobs")
+_RAN_AS = ("policy", "schedule_mode", "block_size", "num_blocks", "prefix_mode", "prior_state", "dtype")
 
 
 def latencies_ns(timeline: Timeline) -> dict[str, float | None]:
@@ -126,11 +126,18 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, force: bool 
         "labels": [a["label"], b["label"]],
         "model": [a["model"], b["model"]],
         "commands": [a["command"], b["command"]],
-        "differs": {name: [a[name], b[name]] for name in _RAN_AS if a[name] != b[name]},
+        "differs": _differences(a, b),
         "requests": [first["requests"], second["requests"]],
         "figures": {name: _beside(_at(first, place), _at(second, place)) for name, place in COMPARED.items()},
         "remarks": [*_fairness(first, second), *first["remarks"], *second["remarks"]],
     }
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What ran differently: settings, and each limit by itself."""
+    settings = {name: [a[name], b[name]] for name in _RAN_AS}
+    limits = {name: [a["knobs"].get(name), b["knobs"].get(name)] for name in (*a["knobs"], *b["knobs"])}
+    return {name: pair for name, pair in (settings | limits).items() if pair[0] != pair[1]}
 
 
 def _fairness(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

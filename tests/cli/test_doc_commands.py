@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("docs/capacity", "docs/probe", "docs/policies", "docs/experiment_4")
+PAGES = ("docs/capacity", "docs/probe", "docs/policies", "docs/experiment_4", "docs/observe")
 SHOWN = re.compile(r"^```\n\$ nanovllm (.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 

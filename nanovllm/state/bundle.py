@@ -21,10 +21,11 @@ from nanovllm.errors import StateBundleError, StateNotFoundError
 from nanovllm.state.envelope import SUM_BYTES, BadEnvelope, Label, read_header, seal, unseal
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.migration import Migration
-from nanovllm.state.naming import Naming, payload_label
+from nanovllm.state.naming import Naming
 from nanovllm.state.objects import KVBlock, Metadata, StateId, StateObject
 from nanovllm.state.payload import Payload, decode, object_of
 from nanovllm.state.plane import Plane
+from nanovllm.state.storing import payload_label
 
 MAGIC = b"NVBUNDL1"
 _COUNT, _LENGTH = struct.Struct("<I"), struct.Struct("<Q")

@@ -138,6 +138,17 @@ class Mover:
         self.poll()
         return transfer
 
+    def promise(self, then: Callable[[Transfer], None]) -> Transfer:
+        """A transfer without a job of its own: `keep` ends it when the one that carries it has ended."""
+        self._generation += 1
+        return Transfer(self._generation, 0, then)
+
+    def keep(self, promise: Transfer, carrier: Transfer) -> None:
+        """End a promise as its carrier ended."""
+        promise.ok, promise.result, promise.is_full, promise.ms = carrier.ok, None, carrier.is_full, carrier.ms
+        promise.done, promise.reason = True, carrier.reason
+        promise.then(promise)
+
     def poll(self) -> None:
         """End what has a report, then what is over its deadline."""
         while not self._reports.empty():
@@ -183,6 +194,8 @@ class Mover:
     def _expire(self) -> None:
         now = self.clock.now_ns()
         for transfer in [t for t in self._pending.values() if now >= t.deadline_ns]:
+            if transfer.done:  # ended by what the one before it set off
+                continue
             self._overdue[transfer.generation] = transfer
             self._end(transfer, "deadline")
 

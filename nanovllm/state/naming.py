@@ -8,7 +8,7 @@ one writer per generation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,11 +17,8 @@ from nanovllm.errors import (
     InvalidRequestError,
     StateConflictError,
     StateNotFoundError,
-    StateRefusedError,
     shown,
 )
-from nanovllm.state.catalog import Entry
-from nanovllm.state.envelope import Label, seal
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import (
     KVBlock,
@@ -34,11 +31,11 @@ from nanovllm.state.objects import (
     check_tokens,
     new_state_id,
 )
-from nanovllm.state.payload import Payload, decode, default_kind, encode, object_of, payload_of
-from nanovllm.state.place import Place
-from nanovllm.state.plane import Plane, bare
+from nanovllm.state.payload import decode, default_kind, object_of, payload_of
+from nanovllm.state.plane import Plane
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
+from nanovllm.state.storing import Pending, Storing
 
 SECOND_MS = 1_000
 
@@ -50,14 +47,22 @@ class Naming:
     plane: Plane
     reclaim: Reclaim
 
+    def __post_init__(self) -> None:
+        self.storing = Storing(self.plane, self.reclaim, lambda obj, reason: self.drop(obj, reason, wait=False))
+
     def put(self, obj: Storable, metadata: Metadata) -> StateId:
-        """Keep an object under a new id. Raises TypeError, InvalidRequest-, StateConflict-, StateRefusedError."""
+        """Keep an object under a new id, and wait. Raises as `begin_put`, and StateRefusedError."""
+        return self.storing.finish(self.begin_put(obj, metadata))
+
+    def begin_put(
+        self, obj: Storable, metadata: Metadata, then: Callable[[Pending], None] = lambda pending: None
+    ) -> Pending:
+        """Begin to keep it. Raises TypeError, InvalidRequestError, StateConflictError."""
         started = self.plane.clock.now_ns()
         payload = payload_of(obj)
         kind = KIND_TABLE[metadata.kind or default_kind(payload)]
         if not kind.accepts(obj):
             raise InvalidRequestError(f"kind {kind.name} does not hold a {payload.form}.", param="kind")
-        self._check_room_for_one(metadata.namespace)
         ttl_s = metadata.ttl if metadata.ttl is not None else kind.ttl_s
         new = StateObject(
             state_id=str(new_state_id()),
@@ -69,12 +74,16 @@ class Naming:
             ttl_ms=None if ttl_s is None else int(ttl_s * SECOND_MS),
             durable=kind.durable if metadata.durable is None else metadata.durable,
         )
-        self._check_name(new)
-        receipt = self._store(new, payload, started, "put", must=metadata.durable is True)
-        return _answer(new, receipt)
+        return self.storing.begin(Pending("put", started, new, then=then), payload, must=metadata.durable is True)
 
-    def update(self, obj: StateObject, value: Storable, generation: int | None) -> Receipt:
-        """The object's next generation. Raises StateConflictError where it is not at `generation` any more."""
+    def begin_update(
+        self,
+        obj: StateObject,
+        value: Storable,
+        generation: int | None,
+        then: Callable[[Pending], None] = lambda pending: None,
+    ) -> Pending:
+        """Begin the object's next generation. Raises StateConflictError where it is not at `generation` any more."""
         started = self.plane.clock.now_ns()
         if generation is not None and generation != obj.generation:
             raise StateConflictError(
@@ -85,7 +94,8 @@ class Naming:
         if not KIND_TABLE[obj.kind].accepts(value):
             raise InvalidRequestError(f"kind {obj.kind} does not hold {shown(value)}.", param="obj")
         new = msgspec.structs.replace(obj, generation=obj.generation + 1)
-        return self._store(new, payload_of(value), started, "update", old=obj)
+        pending = Pending("update", started, new, old=obj, then=then)
+        return self.storing.begin(pending, payload_of(value))
 
     def get(self, obj: StateObject) -> Storable:
         """What was put. Raises StateNotFoundError where its bytes did not verify anywhere."""
@@ -134,7 +144,6 @@ class Naming:
         """A new object that begins as this one and goes its own way; their KV is shared."""
         started = self.plane.clock.now_ns()
         payload = payload_of(self.get(obj))
-        self._check_room_for_one(metadata.namespace)
         new = msgspec.structs.replace(
             obj,
             state_id=str(new_state_id()),
@@ -145,15 +154,13 @@ class Naming:
             generation=1,
             created_ms=self.plane.wall_ms(),
         )
-        self._check_name(new)
-        receipt = self._store(new, payload, started, "fork")
-        return _answer(new, receipt)
+        return self.storing.finish(self.storing.begin(Pending("fork", started, new), payload))
 
-    def drop(self, obj: StateObject, reason: str) -> Receipt:
-        """Out of every tier: its text, and the blocks that only it owned."""
+    def drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
+        """Out of every tier: its text, and the blocks that only it owned. Without `wait`, on its way out."""
         started = self.plane.clock.now_ns()
         keys = self.plane.catalog.remove(obj)
-        size, failed = self.plane.forget(keys, scrub=True)
+        size, failed = self.plane.forget(keys, scrub=True, wait=wait)
         device = self.plane.device
         in_use = [key for key in obj.chain if key in set(keys) and device and device.holds(key)]
         kept = [key for key in in_use if device is not None and not device.discard(key)]
@@ -165,92 +172,6 @@ class Naming:
             reason += f"; not yet removed from {', '.join(failed)}: it will be tried again"
         return self.plane.receipt("drop", started, not failed, reason, obj=obj, size_bytes=size, detail=detail)
 
-    def _store(
-        self,
-        new: StateObject,
-        payload: Payload,
-        started: int,
-        action: str,
-        *,
-        old: StateObject | None = None,
-        must: bool = False,
-    ) -> Receipt:
-        """Write the payload where it is at home, and enter the object once it is there."""
-        data = encode(payload, self.plane.settings.max_object_bytes)
-        new = self._filled(new, payload, data)
-        home = self._home(new, must)
-        refusal = "there is no tier for it" if home is None else self._write_home(new, data, home)
-        if home is None or refusal:
-            receipt = self.plane.receipt(action, started, False, refusal, obj=old, size_bytes=len(data))
-            raise StateRefusedError(f"The object was not kept: {refusal}.", receipt=receipt)
-        displaced = self._enter(new, old)
-        reason = "durable" if new.durable else f"in {home.name}, and gone with it"
-        receipt = self.plane.receipt(
-            action, started, True, reason, obj=new, tier=home.name, size_bytes=len(data),
-            detail={"generation": new.generation, "tokens": new.num_tokens, "blocks": len(new.chain)},
-        )  # fmt: skip
-        if displaced is not None:
-            self.drop(displaced, f"replaced by {new.state_id}")
-        return receipt
-
-    def _filled(self, new: StateObject, payload: Payload, data: bytes) -> StateObject:
-        """With what follows from the payload: chain, sizes, key, expiry."""
-        chain = self.plane.chain_of(payload.token_ids, new.namespace)
-        expires = None if new.ttl_ms is None else self.plane.wall_ms() + new.ttl_ms
-        root = self.plane.root_of(new.namespace)
-        return msgspec.structs.replace(
-            new, chain=chain, root=root, num_tokens=len(payload.token_ids), payload_bytes=len(data),
-            payload_key=payload_key(new.state_id, new.generation), expires_ms=expires,
-        )  # fmt: skip
-
-    def _home(self, new: StateObject, must: bool) -> Place | None:
-        """The tier that answers for the object: the durable one, else the fastest of our own."""
-        for place in self.plane.places.values():
-            if new.durable and place.tier.durable:
-                return place
-        if must:
-            return None
-        new.durable = False
-        return next((place for place in self.plane.places.values() if not place.tier.shared), None)
-
-    def _write_home(self, new: StateObject, data: bytes, home: Place) -> str:
-        """Empty when it is there; else why not."""
-        label = payload_label(new)
-        sealed = seal(label, data)
-        if self.reclaim.make_room(home, len(sealed), new.namespace) is None:
-            return f"{home.name} is full, and everything in it is held"
-        entry = Entry(bare(label), new.kind, len(sealed), max(new.num_tokens, 1), home=home.name)
-        transfer = self.plane.mover.wait(self.plane.write(home, [(entry, sealed)], durable=new.durable))
-        if not transfer.ok:
-            return transfer.reason
-        self._copy_to_faster(entry, sealed, home)
-        return ""
-
-    def _copy_to_faster(self, entry: Entry, sealed: bytes, home: Place) -> None:
-        """A copy in memory answers `get`; it may go at any time."""
-        fastest = next(iter(self.plane.places.values()))
-        if fastest is not home and self.reclaim.make_room(fastest, len(sealed)) is not None:
-            self.plane.write(fastest, [(entry, sealed)])
-
-    def _enter(self, new: StateObject, old: StateObject | None) -> StateObject | None:
-        if old is None:
-            return self.plane.catalog.add(new)
-        self.plane.catalog.change(old, new)
-        self.plane.forget([old.payload_key], scrub=True)
-        return None
-
-    def _check_name(self, new: StateObject) -> None:
-        if new.name is None:
-            return
-        old = self.plane.catalog.named(new.namespace, new.kind, new.name, new.version)
-        if old is not None and old.version == new.version and not KIND_TABLE[new.kind].replaces(old, new):
-            raise StateConflictError(f"There is a {new.kind} called {new.label!r} already.", param="name")
-
-    def _check_room_for_one(self, namespace: str) -> None:
-        limit = self.plane.settings.objects_per_namespace
-        if self.plane.catalog.count_in(namespace) >= limit:
-            raise StateRefusedError(f"The namespace holds {limit:,} objects already.", hint="Drop some.")
-
     def _fastest(self, digest: bytes) -> str | None:
         if self.plane.device is not None and self.plane.device.holds(digest):
             return "device"
@@ -258,20 +179,3 @@ class Naming:
         if entry is None or entry.label.layout != self.plane.layout:
             return None
         return next((name for name in self.plane.places if name in entry.tiers), None)
-
-
-def payload_key(state_id: str, generation: int) -> bytes:
-    """Where an object's payload lies: 16 bytes of its id, its generation, and 8 that no digest chain makes."""
-    return bytes.fromhex(state_id) + generation.to_bytes(8, "big") + b"payload."
-
-
-def payload_label(obj: StateObject) -> Label:
-    """The label of an object's payload: it carries the object's whole record, so that the file alone suffices."""
-    record = msgspec.msgpack.encode(obj)
-    return Label(key=obj.payload_key, kind=obj.kind, namespace=obj.namespace, generation=obj.generation, record=record)
-
-
-def _answer(obj: StateObject, receipt: Receipt) -> StateId:
-    state_id = StateId(obj.state_id)
-    state_id.receipt = receipt
-    return state_id

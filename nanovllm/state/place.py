@@ -13,9 +13,9 @@ from typing import Any
 from nanovllm.core.clock import Clock
 from nanovllm.state.breaker import CircuitBreaker
 from nanovllm.state.catalog import Entry
-from nanovllm.state.mover import InlineLane, Lane, ThreadLane
+from nanovllm.state.mover import InlineLane, Lane, ThreadLane, Transfer
 from nanovllm.state.policies.victims import Victims
-from nanovllm.state.tiers.tier import Tier
+from nanovllm.state.tiers.tier import Item, Tier
 
 HIGH, LOW = 0.95, 0.85  # reclaim begins above the one and ends below the other
 SMOOTHING = 0.2
@@ -60,6 +60,14 @@ class Bandwidth:
         return size_bytes / self.bytes_per_ms
 
 
+@dataclass(frozen=True)
+class Flight:
+    """Items to be written, and the transfer that is told how it went."""
+
+    items: list[Item]
+    promise: Transfer
+
+
 FIRST_GUESS = 200_000.0  # bytes per ms, 200 MB/s: below what any of the tiers was measured at
 
 
@@ -72,6 +80,8 @@ class Place:
         self.counters = Counters()
         self.read_speed, self.write_speed = Bandwidth(FIRST_GUESS), Bandwidth(FIRST_GUESS)
         self.busy_bytes = 0
+        self.group: list[Flight] = []  # durable writes that wait for the one under way
+        self.is_committing = False
         self.by_kind: dict[str, int] = {}
         self.by_namespace: dict[str, int] = {}
         own_threads = threads and tier.name != "host"

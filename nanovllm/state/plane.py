@@ -22,7 +22,7 @@ from nanovllm.state.catalog import Catalog, Entry
 from nanovllm.state.envelope import BadEnvelope, Label, seal, unseal
 from nanovllm.state.mover import MILLISECOND, Mover, Transfer
 from nanovllm.state.objects import StateObject
-from nanovllm.state.place import Place
+from nanovllm.state.place import Flight, Place
 from nanovllm.state.policies.policy import Policy
 from nanovllm.state.receipts import SHOWN_CANDIDATES, Candidate, History, Receipt
 from nanovllm.state.settings import StateSettings
@@ -77,29 +77,60 @@ class Plane:
         for name in entry.tiers:
             self.places[name].victims.touch(entry, cached, new, hit)
 
-    def write(self, place: Place, pairs: Sequence[tuple[Entry, bytes]], *, durable: bool = False) -> Transfer:
+    def write(
+        self,
+        place: Place,
+        pairs: Sequence[tuple[Entry, bytes]],
+        *,
+        durable: bool = False,
+        then: Callable[[Transfer], None] = lambda transfer: None,
+    ) -> Transfer:
         """Begin to write sealed bytes; the entries are in the catalog from now on and in the tier once it ends."""
         size = sum(len(sealed) for _, sealed in pairs)
-        for entry, _ in pairs:
+        entries = [entry for entry, _ in pairs]
+        for entry in entries:
             self.catalog.entries.setdefault(entry.key, entry)
             entry.arriving.add(place.name)
         place.busy_bytes += size
-        items = [Item(entry.key, sealed, durable) for entry, sealed in pairs]
-        entries = [entry for entry, _ in pairs]
 
         def ended(transfer: Transfer) -> None:
             place.busy_bytes -= size
             self._written(place, entries, size, transfer)
-
-        def late(_: object) -> None:
-            self._remove(place, [entry.key for entry in entries if place.name not in entry.tiers], scrub=False)
+            then(transfer)
 
         if not self._may_write(place, durable):
             return self._refused(f"{place.name} is left alone: {place.writes.reason}", ended)
+        flight = Flight([Item(entry.key, sealed, durable) for entry, sealed in pairs], self.mover.promise(ended))
+        if not durable:
+            self._fly(place, [flight])
+        else:
+            place.group.append(flight)
+            if not place.is_committing:
+                self._commit_group(place)
+        return flight.promise
+
+    def _commit_group(self, place: Place) -> None:
+        """Group commit: what came while the last group was written is the next group."""
+        group, place.group = place.group, []
+        place.is_committing = bool(group)
+        if group:
+            self._fly(place, group, lambda: self._commit_group(place))
+
+    def _fly(self, place: Place, flights: Sequence[Flight], landed: Callable[[], None] = lambda: None) -> None:
+        items = [item for flight in flights for item in flight.items]
+
+        def ended(transfer: Transfer) -> None:
+            for flight in flights:
+                self.mover.keep(flight.promise, transfer)
+            landed()
+
+        def late(_: object) -> None:
+            entries = self.catalog.entries
+            unwanted = [i.key for i in items if i.key not in entries or place.name not in entries[i.key].tiers]
+            self._remove(place, unwanted, scrub=False)
+
         deadline = self.settings.write_deadline_ms
-        return self.mover.start(
-            place.write_lane, lambda: place.tier.write(items), deadline_ms=deadline, then=ended, late=late
-        )
+        self.mover.start(place.write_lane, lambda: place.tier.write(items), deadline_ms=deadline, then=ended, late=late)
 
     def read(
         self, place: Place, labels: Sequence[Label], then: Callable[[Transfer], None] = lambda transfer: None
@@ -127,8 +158,8 @@ class Plane:
                     return found, place.name
         return None, ""
 
-    def forget(self, keys: Sequence[bytes], *, scrub: bool) -> tuple[int, list[str]]:
-        """Remove bytes from every tier and wait; bytes that were there, and the tiers that failed."""
+    def forget(self, keys: Sequence[bytes], *, scrub: bool, wait: bool = True) -> tuple[int, list[str]]:
+        """Remove bytes from every tier; bytes that were there, and, with `wait`, the tiers that failed."""
         gone = [entry for key in keys if (entry := self.catalog.entries.pop(key, None)) is not None]
         size = sum(entry.size_bytes * len(entry.tiers) for entry in gone)
         transfers = []
@@ -137,7 +168,7 @@ class Plane:
                 place.leave(entry, by_policy=False)
             if keys:
                 transfers.append((place.name, self._remove(place, keys, scrub=scrub)))
-        return size, [name for name, transfer in transfers if not self.mover.wait(transfer).ok]
+        return size, [name for name, transfer in transfers if wait and not self.mover.wait(transfer).ok]
 
     def evict(self, place: Place, entry: Entry) -> None:
         """The policy's choice goes from one tier."""

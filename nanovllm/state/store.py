@@ -50,6 +50,7 @@ from nanovllm.state.reclaim import Reclaim
 from nanovllm.state.residency import Residency
 from nanovllm.state.restore import restore
 from nanovllm.state.settings import StateSettings
+from nanovllm.state.storing import Pending
 from nanovllm.state.tiers.device import DeviceTier
 from nanovllm.state.tiers.disk import DiskTier
 from nanovllm.state.tiers.host import HostTier
@@ -132,7 +133,31 @@ class StateStore:
         self, state_id: str, obj: Storable, *, generation: int | None = None, namespace: str | None = None
     ) -> Receipt:
         """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`."""
-        return self._naming.update(self.find(state_id, namespace), obj, generation)
+        pending = self._naming.begin_update(self.find(state_id, namespace), obj, generation)
+        receipt = self._naming.storing.finish(pending).receipt
+        assert receipt is not None
+        return receipt
+
+    def put_later(
+        self, obj: Storable, metadata: Given = None, then: Callable[[Pending], None] = lambda pending: None
+    ) -> Pending:
+        """Engine: as `put`, without waiting; `then` is called by `poll` once it was kept or refused.
+
+        Durable puts that come while one is under way share the next group commit.
+        """
+        return self._naming.begin_put(obj, Metadata.of(metadata), then)
+
+    def update_later(
+        self,
+        state_id: str,
+        obj: Storable,
+        *,
+        generation: int | None = None,
+        namespace: str | None = None,
+        then: Callable[[Pending], None] = lambda pending: None,
+    ) -> Pending:
+        """Engine: as `update`, without waiting."""
+        return self._naming.begin_update(self.find(state_id, namespace), obj, generation, then)
 
     def get(self, state_id: str, namespace: str | None = None) -> Storable:
         """What was put, verified. Takes an id, `name` or `name@version`. Raises StateNotFoundError."""

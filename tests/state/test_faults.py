@@ -25,6 +25,8 @@ from tests.state.folders import failing
 from tests.state.servers import needs_server, running_server
 from tests.state.stores import SETTINGS, World, blocks_for, check_books, label_of, loaded, spill
 
+LONG = (pytest.mark.long, pytest.mark.timeout(1800))
+
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EACCES, errno.EROFS, 0)  # 0: half of it, then an error
 PROMPTS = [[i] * 4 + list(range(12)) for i in range(12)]
 
@@ -59,7 +61,7 @@ def read_all(store: StateStore, model: dict[str, Session]) -> set[str]:
     return good
 
 
-@pytest.mark.parametrize("flips", [160, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("flips", [100, pytest.param(10_000, marks=LONG)])
 def test_flipped_bits_are_never_read(tmp_path: Path, flips: int) -> None:
     """S4 through the whole plane, the catalog's database included."""
     world = World(tmp_path / "state", host_bytes=0)
@@ -145,7 +147,7 @@ def test_a_planted_file_is_data_and_never_code(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("operations", [400, pytest.param(5_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("operations", [250, pytest.param(5_000, marks=LONG)])
 def test_failing_calls_cost_time_and_never_a_text(tmp_path: Path, operations: int) -> None:
     """S6: one call in twenty fails. What was acknowledged is there when the disk works again."""
     rng, failures = random.Random(operations), [0.05]
@@ -254,7 +256,7 @@ def test_a_hanging_tier_holds_nobody_up(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("rounds", [12, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [12, pytest.param(100, marks=LONG)])
 def test_a_failing_recovery_ends_in_a_warning_and_loses_nothing(tmp_path: Path, rounds: int) -> None:
     """S12: one call in ten fails while the folder is opened; the next sound start has everything."""
     world = World(tmp_path / "state", host_bytes=0)

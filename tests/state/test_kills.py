@@ -21,6 +21,8 @@ from tests.state.folders import KILL_POINTS
 from tests.state.kill_child import open_store
 from tests.state.stores import blocks_for, check_books, loaded
 
+LONG = (pytest.mark.long, pytest.mark.timeout(1800))
+
 ROOT = Path(__file__).resolve().parents[2]
 REOPEN_S = 2.0
 FEW_POINTS = (
@@ -114,7 +116,7 @@ def check(folder: Path, oracle: Oracle) -> None:
         store.close()
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=LONG)])
 def test_random_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, kills: int) -> None:
     rng, oracle = random.Random(kills), Oracle()
     killed = 0
@@ -126,7 +128,7 @@ def test_random_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, kills: 
     assert killed >= kills * 0.8
 
 
-@pytest.mark.parametrize("each", [1, pytest.param(25, marks=pytest.mark.long)])
+@pytest.mark.parametrize("each", [1, pytest.param(25, marks=LONG)])
 def test_kills_at_named_points_lose_nothing_that_was_acknowledged(tmp_path: Path, each: int) -> None:
     rng, counts = random.Random(each), Counter()
     points = KILL_POINTS if each > 1 else FEW_POINTS

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm.core.clock import MonotonicClock
 from nanovllm.core.cost_table import CostTable
 from nanovllm.errors import (
     InvalidRequestError,
@@ -23,6 +24,7 @@ from nanovllm.state.kinds.table import COLUMNS, KIND_TABLE, table_rows
 from nanovllm.state.objects import KINDS, PUBLIC, Document, Session
 from nanovllm.state.settings import StateSettings
 from nanovllm.state.store import StateStore
+from nanovllm.state.tiers.folder import Folder
 from nanovllm.state.tiers.remote import RemoteTier
 from tests.state.fake_device import FakeDevice
 from tests.state.servers import needs_server, running_server
@@ -399,3 +401,55 @@ def test_a_plane_without_any_tier_says_so() -> None:
     with pytest.raises(StateRefusedError, match="no tier"):
         store.put("text")
     assert not store.evict().ok and store.match([1]).num_tokens == 0 and store.top()["tiers"] == {}
+
+
+def test_puts_that_come_together_share_a_commit(tmp_path: Path) -> None:
+    gate, syncs = threading.Event(), []
+
+    class Slow(Folder):
+        def sync_names(self) -> None:
+            if self.role == "texts":
+                gate.wait(10)
+                syncs.append(len(self.names()))
+            super().sync_names()
+
+    store = World(tmp_path / "state", folder_class=Slow).open(threads=True, clock=MonotonicClock())
+    told: list[str] = []
+    waiting = [store.put_later(f"text {i}", {"name": f"n{i}"}, lambda p: told.append(p.result())) for i in range(20)]
+    assert not any(pending.done for pending in waiting) and not store.ls()
+    gate.set()
+    store.settle()
+    assert len(syncs) == 2, "the first one alone, the other nineteen together"
+    assert told == [pending.result() for pending in waiting] and len(store.ls()) == 20
+    assert all(store.get(state_id) == f"text {i}" for i, state_id in enumerate(told))
+    store.close()
+
+
+def test_of_two_changes_at_once_one_is_refused(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    class Slow(Folder):
+        def sync(self, fd: int) -> None:
+            gate.wait(10)
+            super().sync(fd)
+
+    store = World(tmp_path / "state", folder_class=Slow).open(threads=True, clock=MonotonicClock())
+    first = store.put_later([{"role": "user", "content": "1"}], {"name": "talk"})
+    with pytest.raises(StateConflictError, match="already"):
+        store.put_later([{"role": "user", "content": "2"}], {"name": "talk"})
+    gate.set()
+    store.settle()
+    state_id = first.result()
+    gate.clear()
+    turn = store.update_later(state_id, Session([{"role": "user", "content": "2"}]), generation=1)
+    with pytest.raises(StateConflictError, match="under way"):
+        store.update_later(state_id, Session([{"role": "user", "content": "3"}]), generation=1)
+    dropped = threading.Timer(0.05, gate.set)
+    dropped.start()
+    assert store.drop(state_id).ok  # waits behind the write, on its lane
+    store.settle()
+    with pytest.raises(StateNotFoundError, match="meanwhile"):
+        turn.result()
+    assert not store.ls() and not list((tmp_path / "state" / "texts").iterdir())
+    store.close()
+    dropped.join()

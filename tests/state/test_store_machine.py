@@ -24,6 +24,8 @@ from nanovllm.state.objects import Document, Session
 from tests.state.fake_device import FakeDevice
 from tests.state.stores import World, blocks_for, check_books, computed, loaded, spill
 
+LONG = (pytest.mark.long, pytest.mark.timeout(1800))
+
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=20)  # few values: prefixes are shared
 TEXT = st.text(max_size=40)
 THINGS = st.one_of(
@@ -189,12 +191,12 @@ def run(tmp_path: Path, examples: int, steps: int, *, threads: bool) -> None:
     run_state_machine_as_test(machine, settings=options)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(12, 20), pytest.param(200, 50, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "steps"), [(12, 20), pytest.param(200, 50, marks=LONG)])
 def test_every_verb_in_any_order(tmp_path: Path, examples: int, steps: int) -> None:
     run(tmp_path, examples, steps, threads=False)
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(5, 15), pytest.param(100, 40, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("examples", "steps"), [(5, 15), pytest.param(100, 40, marks=LONG)])
 def test_every_verb_in_any_order_on_threads(tmp_path: Path, examples: int, steps: int) -> None:
     run(tmp_path, examples, steps, threads=True)
 

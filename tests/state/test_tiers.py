@@ -35,6 +35,8 @@ from nanovllm.state.tiers.tier import Item, Tier
 from tests.state.folders import PowerLoss
 from tests.state.servers import needs_server, running_server
 
+LONG = (pytest.mark.long, pytest.mark.timeout(1800))
+
 MIB = 1 << 20
 KEYS = [bytes([i]) * 32 for i in range(8)]
 
@@ -108,10 +110,10 @@ def run_machine(make: object, examples: int, *, restarts: bool = False) -> None:
 
 
 def test_host_is_a_dictionary() -> None:
-    run_machine(lambda: HostTier(MIB), 30)
+    run_machine(lambda: HostTier(MIB), 15)
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [6, pytest.param(300, marks=LONG)])
 def test_disk_is_a_dictionary_that_survives_restarts(tmp_path: Path, examples: int) -> None:
     def make_in(folder: list[Path]) -> DiskTier:
         return DiskTier(folder[0], 4 * MIB)
@@ -179,7 +181,7 @@ def survivors(folder: Path, model: dict[bytes, bytes]) -> set[bytes]:
     return {key for key, payload in found.items() if payload is not None}
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [24, pytest.param(1000, marks=LONG)])
 def test_torn_writes_are_misses(tmp_path: Path, rounds: int) -> None:
     """S3: a truncated file, a zeroed page, a doubled tail. Only what was hit is lost."""
     model = filled(tmp_path / "state")
@@ -203,7 +205,7 @@ def test_torn_writes_are_misses(tmp_path: Path, rounds: int) -> None:
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("flips", [400, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("flips", [120, pytest.param(10_000, marks=LONG)])
 def test_bit_flips_are_misses(tmp_path: Path, flips: int) -> None:
     """S4 in the disk tier's own read path: segments, durable files and the ledger with its write-ahead log."""
     model = filled(tmp_path / "state", count=16, size=700)
@@ -233,7 +235,7 @@ def test_bit_flips_are_misses(tmp_path: Path, flips: int) -> None:
     assert lost > 0  # the flips did hit
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [6, pytest.param(1000, marks=LONG)])
 @pytest.mark.parametrize("keep_ledger", [True, False])
 def test_what_was_acknowledged_survives_a_power_loss(tmp_path: Path, examples: int, keep_ledger: bool) -> None:
     """The disk forgets what was not synced, all of it or some of it; a SIGKILL alone would prove nothing here."""

@@ -1,0 +1,205 @@
+"""Storing: objects on their way to the tier that answers for them.
+
+What it is: the one way by which `put`, `update`, `fork` and `import_` make bytes and the catalog agree.
+What it knows nothing about: what the verbs check beforehand. Invariants: an object is in the catalog only
+once its bytes are where they are promised; one that was refused left nothing behind; a name or an object
+that is on its way is reserved, so that of two at once one is refused. Durable writes that come while one
+is under way share the next group commit (`plane.write`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from nanovllm.errors import NanoVLLMError, StateConflictError, StateNotFoundError, StateRefusedError
+from nanovllm.state.catalog import Entry
+from nanovllm.state.envelope import Label, seal
+from nanovllm.state.kinds.table import KIND_TABLE
+from nanovllm.state.mover import Transfer
+from nanovllm.state.objects import StateId, StateObject
+from nanovllm.state.payload import Payload, encode
+from nanovllm.state.place import Place
+from nanovllm.state.plane import Plane, bare
+from nanovllm.state.receipts import Receipt
+from nanovllm.state.reclaim import Reclaim
+
+
+@dataclass(eq=False)
+class Pending:
+    """An object on its way. Once `done`, `result` is its id with the receipt, or raises why it was refused."""
+
+    action: str
+    started_ns: int
+    new: StateObject
+    old: StateObject | None = None
+    data: bytes = b""
+    transfer: Transfer | None = None
+    receipt: Receipt | None = None
+    error: NanoVLLMError | None = None
+    then: Callable[[Pending], None] = field(default=lambda pending: None)
+
+    @property
+    def done(self) -> bool:
+        """Whether it was kept or refused."""
+        return self.receipt is not None
+
+    def result(self) -> StateId:
+        """The id. Raises StateRefusedError, StateNotFoundError (dropped meanwhile)."""
+        if self.error is not None:
+            raise self.error
+        state_id = StateId(self.new.state_id)
+        state_id.receipt = self.receipt
+        return state_id
+
+
+@dataclass
+class Storing:
+    """Begins and ends the keeping of objects."""
+
+    plane: Plane
+    reclaim: Reclaim
+    remove: Callable[[StateObject, str], object]  # drops an object whose name was taken
+    _reserved: set[tuple[str, ...]] = field(default_factory=set)
+    _on_their_way: Counter[str] = field(default_factory=Counter)
+
+    def begin(self, pending: Pending, payload: Payload, *, must: bool = False) -> Pending:
+        """Write the payload to its home; it is done when that was reported. Raises where it cannot even begin."""
+        pending.data = encode(payload, self.plane.settings.max_object_bytes)
+        self._check(pending)
+        pending.new = self._filled(pending.new, payload, len(pending.data))
+        home = self._home(pending.new, must)
+        if home is None:
+            self._refuse(pending, "there is no tier for it")
+            return pending
+        sealed = seal(payload_label(pending.new), pending.data)
+        if self.reclaim.make_room(home, len(sealed), pending.new.namespace) is None:
+            self._refuse(pending, f"{home.name} is full, and everything in it is held")
+            return pending
+        self._reserve(pending)
+        new = pending.new
+        entry = Entry(bare(payload_label(new)), new.kind, len(sealed), max(new.num_tokens, 1), home=home.name)
+        pending.transfer = self.plane.write(
+            home, [(entry, sealed)], durable=new.durable, then=lambda t: self._written(pending, home, entry, sealed, t)
+        )
+        return pending
+
+    def finish(self, pending: Pending) -> StateId:
+        """Wait for it. Raises as `result`."""
+        if pending.transfer is not None:
+            self.plane.mover.wait(pending.transfer)
+        return pending.result()
+
+    def _written(self, pending: Pending, home: Place, entry: Entry, sealed: bytes, transfer: Transfer) -> None:
+        self._unreserve(pending)
+        if not transfer.ok:
+            self._refuse(pending, transfer.reason)
+            return
+        if pending.old is not None and pending.old.state_id not in self.plane.catalog.objects:
+            self.plane.forget([entry.key], scrub=True, wait=False)
+            self._refuse(pending, "it was dropped meanwhile", StateNotFoundError("The state was dropped meanwhile."))
+            return
+        self._copy_to_faster(entry, sealed, home)
+        self._enter(pending, home)
+
+    def _enter(self, pending: Pending, home: Place) -> None:
+        new, displaced = pending.new, None
+        if pending.old is None:
+            displaced = self.plane.catalog.add(new)
+        else:
+            self.plane.catalog.change(pending.old, new)
+            self.plane.forget([pending.old.payload_key], scrub=True, wait=False)
+        pending.receipt = self.plane.receipt(
+            pending.action,
+            pending.started_ns,
+            True,
+            "durable" if new.durable else f"in {home.name}, and gone with it",
+            obj=new,
+            tier=home.name,
+            size_bytes=len(pending.data),
+            detail={"generation": new.generation, "tokens": new.num_tokens, "blocks": len(new.chain)},
+        )
+        if displaced is not None:
+            self.remove(displaced, f"replaced by {new.state_id}")
+        pending.then(pending)
+
+    def _refuse(self, pending: Pending, reason: str, error: NanoVLLMError | None = None) -> None:
+        receipt = self.plane.receipt(
+            pending.action, pending.started_ns, False, reason, obj=pending.old, size_bytes=len(pending.data)
+        )
+        pending.error = error or StateRefusedError(f"The object was not kept: {reason}.", receipt=receipt)
+        pending.receipt = receipt
+        pending.then(pending)
+
+    def _check(self, pending: Pending) -> None:
+        """Names that are taken, changes that are under way, too many objects."""
+        new, kind = pending.new, KIND_TABLE[pending.new.kind]
+        if pending.old is not None:
+            if ("object", new.state_id) in self._reserved:
+                raise StateConflictError("Another change of this state is under way.", hint="Try again.")
+            return
+        limit = self.plane.settings.objects_per_namespace
+        if self.plane.catalog.count_in(new.namespace) + self._on_their_way[new.namespace] >= limit:
+            raise StateRefusedError(f"The namespace holds {limit:,} objects already.", hint="Drop some.")
+        if new.name is None:
+            return
+        old = self.plane.catalog.named(new.namespace, new.kind, new.name, new.version)
+        taken = old is not None and old.version == new.version and not kind.replaces(old, new)
+        if taken or self._claims(pending) & self._reserved:
+            raise StateConflictError(f"There is a {new.kind} called {new.label!r} already.", param="name")
+
+    def _claims(self, pending: Pending) -> set[tuple[str, ...]]:
+        new = pending.new
+        if pending.old is not None:
+            return {("object", new.state_id)}
+        return set() if new.name is None else {("name", new.namespace, new.kind, new.name, new.version or "")}
+
+    def _reserve(self, pending: Pending) -> None:
+        self._reserved |= self._claims(pending)
+        self._on_their_way[pending.new.namespace] += pending.old is None
+
+    def _unreserve(self, pending: Pending) -> None:
+        self._reserved -= self._claims(pending)
+        self._on_their_way[pending.new.namespace] -= pending.old is None
+
+    def _filled(self, new: StateObject, payload: Payload, size: int) -> StateObject:
+        """With what follows from the payload: chain, sizes, key, expiry."""
+        return msgspec.structs.replace(
+            new,
+            chain=self.plane.chain_of(payload.token_ids, new.namespace),
+            root=self.plane.root_of(new.namespace),
+            num_tokens=len(payload.token_ids),
+            payload_bytes=size,
+            payload_key=payload_key(new.state_id, new.generation),
+            expires_ms=None if new.ttl_ms is None else self.plane.wall_ms() + new.ttl_ms,
+        )
+
+    def _home(self, new: StateObject, must: bool) -> Place | None:
+        """The tier that answers for the object: the durable one, else the fastest of our own."""
+        for place in self.plane.places.values():
+            if new.durable and place.tier.durable:
+                return place
+        if must:
+            return None
+        new.durable = False
+        return next((place for place in self.plane.places.values() if not place.tier.shared), None)
+
+    def _copy_to_faster(self, entry: Entry, sealed: bytes, home: Place) -> None:
+        """A copy in memory answers `get`; it may go at any time."""
+        fastest = next(iter(self.plane.places.values()))
+        if fastest is not home and self.reclaim.make_room(fastest, len(sealed)) is not None:
+            self.plane.write(fastest, [(entry, sealed)])
+
+
+def payload_key(state_id: str, generation: int) -> bytes:
+    """Where an object's payload lies: 16 bytes of its id, its generation, and 8 that no digest chain makes."""
+    return bytes.fromhex(state_id) + generation.to_bytes(8, "big") + b"payload."
+
+
+def payload_label(obj: StateObject) -> Label:
+    """The label of an object's payload: it carries the object's whole record, so that the file alone suffices."""
+    record = msgspec.msgpack.encode(obj)
+    return Label(key=obj.payload_key, kind=obj.kind, namespace=obj.namespace, generation=obj.generation, record=record)

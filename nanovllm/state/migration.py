@@ -173,8 +173,7 @@ class Migration:
 
         def answered(transfer: Transfer) -> None:
             if not transfer.ok:
-                place.counters.failures += 1
-                place.reads.failure(transfer.reason)
+                self.plane.failed(place, place.reads, transfer)
                 return
             place.reads.success()
             for block, is_there in zip(blocks, transfer.result):
@@ -231,3 +230,4 @@ class Migration:
             for entry in list(self.plane.catalog.entries_of(obj))[::-1]:
                 if name in entry.tiers and not above.victims.is_held(entry.key):
                     self.plane.evict(above, entry)
+            self.plane.flush(above)

@@ -20,6 +20,7 @@ from nanovllm.errors import TierError
 MAX_QUEUED = 64
 POLL_S = 0.02
 MILLISECOND = 1_000_000
+BUSY = "busy"
 Job = Callable[[], Any]
 
 
@@ -134,7 +135,7 @@ class Mover:
         transfer = Transfer(self._generation, deadline_ns, then, late)
         self._pending[transfer.generation] = transfer
         if not lane.submit(transfer.generation, job, self._reports):
-            self._end(transfer, "busy")
+            self._end(transfer, BUSY)
         self.poll()
         return transfer
 

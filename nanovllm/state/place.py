@@ -80,6 +80,8 @@ class Place:
         self.counters = Counters()
         self.read_speed, self.write_speed = Bandwidth(FIRST_GUESS), Bandwidth(FIRST_GUESS)
         self.busy_bytes = 0
+        self.going: list[bytes] = []  # evicted, and the tier was not told yet
+        self.going_bytes = 0
         self.group: list[Flight] = []  # durable writes that wait for the one under way
         self.is_committing = False
         self.by_kind: dict[str, int] = {}
@@ -96,7 +98,7 @@ class Place:
     @property
     def used_bytes(self) -> int:
         """Now, and with what is on its way."""
-        return self.tier.used_bytes + self.busy_bytes
+        return self.tier.used_bytes + self.busy_bytes - self.going_bytes
 
     def is_over(self, incoming: int, mark: float) -> bool:
         """Whether so many more bytes would pass that share of the quota."""

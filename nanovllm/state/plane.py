@@ -18,9 +18,10 @@ import msgspec
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.digest import Digest, DigestFn, block_digest
+from nanovllm.state.breaker import CircuitBreaker
 from nanovllm.state.catalog import Catalog, Entry
 from nanovllm.state.envelope import BadEnvelope, Label, seal, unseal
-from nanovllm.state.mover import MILLISECOND, Mover, Transfer
+from nanovllm.state.mover import BUSY, MILLISECOND, Mover, Transfer
 from nanovllm.state.objects import StateObject
 from nanovllm.state.place import Flight, Place
 from nanovllm.state.policies.policy import Policy
@@ -171,12 +172,20 @@ class Plane:
         return size, [name for name, transfer in transfers if wait and not self.mover.wait(transfer).ok]
 
     def evict(self, place: Place, entry: Entry) -> None:
-        """The policy's choice goes from one tier."""
+        """The policy's choice goes from one tier; `flush` tells the tier, once for all that went."""
         place.leave(entry, by_policy=True)
         place.counters.evicted += 1
         place.counters.evicted_bytes += entry.size_bytes
-        self._remove(place, [entry.key], scrub=False, size=entry.size_bytes)
+        place.going.append(entry.key)
+        place.going_bytes += entry.size_bytes
         self._forget_if_nowhere(entry)
+
+    def flush(self, place: Place) -> None:
+        """Begin to remove what was evicted; its room may be planned with already."""
+        keys, size = place.going, place.going_bytes
+        if keys:
+            place.going, place.going_bytes = [], 0
+            self._remove(place, keys, scrub=False, size=size)
 
     def pay_debts(self) -> None:
         """Try again what tiers did not remove."""
@@ -230,7 +239,7 @@ class Plane:
         for entry in entries:
             entry.arriving.discard(place.name)
         if not transfer.ok:
-            self._failed(place, place.writes.trip if transfer.is_full else place.writes.failure, transfer)
+            self.failed(place, place.writes, transfer)
             for entry in entries:
                 self._forget_if_nowhere(entry)
             return
@@ -246,7 +255,7 @@ class Plane:
 
     def _verified(self, place: Place, labels: Sequence[Label], transfer: Transfer) -> list[bytes | None]:
         if not transfer.ok:
-            self._failed(place, place.reads.failure, transfer)
+            self.failed(place, place.reads, transfer)
             return [None] * len(labels)
         place.reads.success()
         place.counters.reads += 1
@@ -264,12 +273,17 @@ class Plane:
         place.read_speed.observe(size, transfer.ms)
         return payloads
 
-    def _failed(self, place: Place, tell: Callable[[str], None], transfer: Transfer) -> None:
-        if transfer.generation == 0:  # it was never tried
+    def failed(self, place: Place, breaker: CircuitBreaker, transfer: Transfer) -> None:
+        """Count it, and tell the breaker of what was tried; a lane that is full says nothing of its tier."""
+        was_tried = transfer.generation != 0 and not (transfer.reason == BUSY and breaker.state == "closed")
+        if not was_tried:
             place.counters.refused += 1
             return
         place.counters.failures += 1
-        tell(FULL if transfer.is_full else transfer.reason)
+        if transfer.is_full:
+            breaker.trip(FULL)
+        else:
+            breaker.failure(transfer.reason)
 
     def _corrupt(self, place: Place, label: Label, reason: str) -> None:
         """Set aside; the bytes of a home are kept in quarantine and missed from now on."""
@@ -303,7 +317,7 @@ class Plane:
         def ended(transfer: Transfer) -> None:
             place.busy_bytes += size
             if not transfer.ok:
-                self._failed(place, place.writes.failure, transfer)
+                self.failed(place, place.writes, transfer)
                 self.owed.setdefault(place.name, set()).update(keys)
 
         def job() -> None:

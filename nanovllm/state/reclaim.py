@@ -45,15 +45,21 @@ class Reclaim:
     def make_room(self, place: Place, incoming: int, namespace: str | None = None) -> Outcome | None:
         """Free what `incoming` more bytes need; None where too much of the tier is held."""
         outcome = Outcome()
+        try:
+            return outcome if self._freed(place, incoming, namespace, outcome) else None
+        finally:
+            self.plane.flush(place)
+
+    def _freed(self, place: Place, incoming: int, namespace: str | None, outcome: Outcome) -> bool:
         limit = self.plane.settings.namespace_bytes
         if limit is not None and namespace is not None:
             while place.by_namespace.get(namespace, 0) + incoming > limit:
                 if not self._take_one(place, outcome, kinds=list(KINDS), namespace=namespace):
-                    return None
+                    return False
         if place.is_over(incoming, HIGH):
             while place.is_over(incoming, LOW) and self._take_one(place, outcome):
                 pass
-        return None if place.is_over(incoming, 1.0) else outcome
+        return not place.is_over(incoming, 1.0)
 
     def evict(self, policy: str | None, size_bytes: int | None, kind: str | None, tier: str | None) -> Receipt:
         """The verb: `size_bytes` from one tier, or one object."""
@@ -68,6 +74,7 @@ class Reclaim:
             self._evict_device(outcome, size_bytes, kind)
         elif name is not None:
             self._evict_place(self.plane.places[name], outcome, policy, size_bytes, kind)
+            self.plane.flush(self.plane.places[name])
         evicted = sum(c.verdict != "kept" for c in outcome.candidates)
         self._add_kept(outcome, name, kind)
         reason = f"{evicted} of {len(outcome.candidates)} candidates went" if evicted else "nothing may go: all is held"

@@ -453,3 +453,15 @@ def test_of_two_changes_at_once_one_is_refused(tmp_path: Path) -> None:
     assert not store.ls() and not list((tmp_path / "state" / "texts").iterdir())
     store.close()
     dropped.join()
+
+
+def test_evicting_much_at_once_does_not_crowd_out_a_put(tmp_path: Path) -> None:
+    store = World(tmp_path / "state").open(threads=True, clock=MonotonicClock())
+    for i in range(300):
+        spill(store, blocks_for(store, [i] * 4), "disk")
+    assert store.evict(tier="disk", bytes=250 * 500).ok
+    assert store.put("room for this", {"durable": True}).receipt.reason == "durable"
+    store.settle()
+    assert store.plane.places["disk"].writes.state == "closed" and store.top()["tiers"]["disk"]["refused"] == 0
+    check_books(store)
+    store.close()

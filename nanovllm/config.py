@@ -23,7 +23,7 @@ from nanovllm.errors import ConfigError, shown
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
-KERNELS = ("auto", "reference", "cpu", "cuda")
+KERNELS = ("auto", "reference", "cpu", "compiled", "cuda")
 PREFIX_MODES = ("off", "observe", "reuse")
 SCHEDULE_MODES = ("mixed", "separate")
 POLICIES = ("fcfs", "priority", "sjf")
@@ -45,7 +45,7 @@ class EngineConfig:
     model: str = _setting("smollm2", "directory, .gguf file, hub id, alias or tiny:random")
     dtype: str = _setting("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware has it")
     device: str = _setting("auto", "auto, cpu or cuda")
-    kernels: str = _setting("auto", "auto, reference (plain torch), cpu or cuda")
+    kernels: str = _setting("auto", "auto, reference (plain torch), cpu, compiled (cpu and a C file) or cuda")
     block_size: int = _setting(16, "tokens a KV block holds, from 1 up")
     kv_memory: int | str | None = _setting(None, "KV pool budget, bytes or '2GiB'; default: sized from free memory")
     num_blocks: int | None = _setting(None, "KV blocks in the pool; overrides kv_memory")

@@ -18,9 +18,9 @@ import psutil
 import torch
 
 from nanovllm import __version__
-from nanovllm.kernels.selection import choose_device, choose_dtype, has_bfloat16
+from nanovllm.core.cache_dir import cache_dir
+from nanovllm.kernels.selection import COMPILER_HINT, choose_device, choose_dtype, choose_kernels, has_bfloat16
 from nanovllm.models.hub import ALIASES
-from nanovllm.models.wheel_model import cache_dir
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf", "jinja2", "msgspec", "huggingface-hub")
 LOW_MEMORY_BYTES = 2 * 2**30
@@ -40,7 +40,7 @@ class Check:
 
 def all_checks() -> list[Check]:
     """Every check, quick ones first."""
-    return [versions(), processor(), cores(), memory(), device(), dtype(), model(), matmul(), self_test()]
+    return [versions(), processor(), cores(), memory(), device(), dtype(), kernels(), model(), matmul(), self_test()]
 
 
 def versions() -> Check:
@@ -131,6 +131,15 @@ def dtype() -> Check:
     chosen = str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch.")
     why = "multiplied in hardware" if chosen == "bfloat16" else "this hardware does not multiply bfloat16"
     return Check("dtype", f"auto takes {chosen} ({why})")
+
+
+def kernels() -> Check:
+    """The kernel set that auto takes. Compiles it if it never was."""
+    chosen = choose_kernels("auto", choose_device("auto"))
+    if chosen.name != "cpu":
+        return Check("kernels", f"auto takes {chosen.name}")
+    problem = "The kernels written in C cannot be compiled here: answers will be slower."
+    return Check("kernels", "auto takes cpu (torch operations only)", "advice", problem, COMPILER_HINT)
 
 
 def model() -> Check:

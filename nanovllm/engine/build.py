@@ -97,7 +97,7 @@ def _build_runner(
         free_bytes=free_memory(device, config.gpu_memory_utilization),
         useful_tokens=useful,
     )
-    logger.info("%s; prefix_mode %s", size, config.prefix_mode)
+    logger.info("%s; prefix_mode %s; kernels %s", size, config.prefix_mode, kernels.name)
     return ModelRunner(model, DeviceTier(size, dtype, device), device), size
 
 

@@ -48,6 +48,11 @@ class StepLayout:
 class AttentionPlan(Protocol):
     """What a kernel set prepared for one step; opaque to the model."""
 
+    @property
+    def geometry(self) -> AttentionGeometry:
+        """What it was made for."""
+        ...
+
 
 class Kernels(Protocol):
     """One way to compute. Implementations hold no state of any request."""
@@ -69,12 +74,14 @@ class Kernels(Protocol):
         """x / rms(x) * weight over the last dimension, accumulated in float32 (arXiv 1910.07467)."""
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up for gate_up [N, 2 * F] -> [N, F] (SwiGLU, arXiv 2002.05202)."""
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta and its `rms_norm`, both [N, hidden]. `x` may become the sum in place."""
         ...
 
-    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate x [N, heads, D] by cos, sin [N, 1, D / 2], halves paired (arXiv 2104.09864)."""
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [N, 2 * F] -> [N, F] (SwiGLU, arXiv 2002.05202)."""
         ...
 
     def plan(self, layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry) -> AttentionPlan:
@@ -82,7 +89,11 @@ class Kernels(Protocol):
         ...
 
     def attention(
-        self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, plan: AttentionPlan, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """Write k, v [N, G, D] into the pool, then attend q [N, H, D] over it: [N, H * D]; more rows are ignored."""
+        """Rotate q and k, write k and v into the pool, then attend q over it: [N, H * D].
+
+        qkv [N, H + 2G, D] holds q, k, v side by side and may be changed; cos, sin [N, 1, D / 2] turn the pairs
+        (i, i + D / 2) of q and k (arXiv 2104.09864). Rows beyond the plan's N are ignored.
+        """
         ...

@@ -30,7 +30,7 @@ class DecodeGroup:
     """Sequences of similar length that compute one token each. B of them, T = padded context."""
 
     rows: torch.Tensor | None  # [B] their places among the step's N tokens; None: all of them, in order
-    block_rows: torch.Tensor  # [B * G * T / block_size] rows of `PagedPlan.by_block`, layer 0, keys
+    block_rows: torch.Tensor  # [B * G * T / block_size] rows of the pool as [blocks * layers * 2 * G, ...]
     mask: torch.Tensor  # [B, 1, 1, T] bool: which keys exist and may be seen
 
 
@@ -52,7 +52,6 @@ class PagedPlan:
     num_tokens: int  # N
     pool: torch.Tensor  # [blocks, layers, 2, G, block_size, D]
     geometry: AttentionGeometry
-    by_block: torch.Tensor  # [blocks * layers * 2 * G, block_size * D], a view
     by_token: torch.Tensor  # [blocks * layers * 2 * G * block_size, D], a view
     write_rows: torch.Tensor  # [N * G] rows of by_token, layer 0, keys
     groups: list[DecodeGroup]
@@ -75,19 +74,16 @@ class PagedKernels(ReferenceKernels):
             num_tokens=len(layout.positions),
             pool=pool,
             geometry=geometry,
-            by_block=pool.view(-1, block_size * head_dim),
             by_token=pool.view(-1, head_dim),
             write_rows=(write * block_size + layout.slot_offsets[:, None]).flatten(),
             groups=[
                 _decode_group(layout, pool, geometry, starts, members)
                 for members in _similar_lengths(layout, block_size)
             ],
-            chunks=[
-                _chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in np.flatnonzero(layout.query_lens > 1)
-            ],
+            chunks=prefill_chunks(layout, pool, geometry),
         )
 
-    def attention(
+    def attend(
         self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Store first: a prompt's own keys are read back from its blocks like everybody else's."""
@@ -102,7 +98,8 @@ class PagedKernels(ReferenceKernels):
             rows = slice(count) if group.rows is None else group.rows
             out[rows] = self._decode(plan, layer, group, q[rows])
         for chunk in plan.chunks:
-            out[chunk.start : chunk.stop] = self._prefill(plan, layer, chunk, q[chunk.start : chunk.stop])
+            span = slice(chunk.start, chunk.stop)
+            out[span] = attend_chunk(plan.pool, plan.geometry, layer, chunk, q[span])
         return out.flatten(1)
 
     def _store(self, plan: PagedPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -111,37 +108,46 @@ class PagedKernels(ReferenceKernels):
         plan.by_token[first:].index_copy_(0, plan.write_rows, k.reshape(-1, head_dim))
         plan.by_token[first + kv_heads * block_size :].index_copy_(0, plan.write_rows, v.reshape(-1, head_dim))
 
-    def _gather(
-        self, plan: PagedPlan, layer: int, block_rows: torch.Tensor, batch: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, 2 x [batch, G, T, D]."""
-        kv_heads, head_dim = plan.pool.shape[3], plan.pool.shape[5]
-        first = layer * 2 * kv_heads
-        keys = plan.by_block[first:].index_select(0, block_rows)
-        values = plan.by_block[first + kv_heads :].index_select(0, block_rows)
-        return keys.view(batch, kv_heads, -1, head_dim), values.view(batch, kv_heads, -1, head_dim)
-
     def _decode(self, plan: PagedPlan, layer: int, group: DecodeGroup, q: torch.Tensor) -> torch.Tensor:
         """The query heads that share a KV head stand as rows of one small attention: q [B, H, D]."""
         batch, kv_heads = q.shape[0], plan.geometry.num_kv_heads
-        keys, values = self._gather(plan, layer, group.block_rows, batch)
+        keys, values = _gather(plan.pool, layer, group.block_rows, batch)
         grouped = q.view(batch, kv_heads, -1, plan.geometry.head_dim)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=plan.geometry.scale)
         return out.reshape(q.shape)
 
-    def _prefill(self, plan: PagedPlan, layer: int, chunk: PrefillChunk, q: torch.Tensor) -> torch.Tensor:
-        """q [L, H, D]."""
-        keys, values = self._gather(plan, layer, chunk.block_rows, 1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            keys[:, :, : chunk.context],
-            values[:, :, : chunk.context],
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            scale=plan.geometry.scale,
-            enable_gqa=True,
-        )
-        return out[0].transpose(0, 1)
+
+def attend_chunk(
+    pool: torch.Tensor, geometry: AttentionGeometry, layer: int, chunk: PrefillChunk, q: torch.Tensor
+) -> torch.Tensor:
+    """One sequence's chunk over its own gathered keys: q [L, H, D] -> [L, H, D]."""
+    keys, values = _gather(pool, layer, chunk.block_rows, 1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys[:, :, : chunk.context],
+        values[:, :, : chunk.context],
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+        scale=geometry.scale,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1)
+
+
+def prefill_chunks(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry) -> list[PrefillChunk]:
+    """The step's sequences that compute more than one token."""
+    starts = np.cumsum(layout.query_lens) - layout.query_lens
+    return [_chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in np.flatnonzero(layout.query_lens > 1)]
+
+
+def _gather(pool: torch.Tensor, layer: int, block_rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one layer, 2 x [batch, G, T, D]."""
+    kv_heads, block_size, head_dim = pool.shape[3:]
+    by_block = pool.view(-1, block_size * head_dim)
+    first = layer * 2 * kv_heads
+    keys = by_block[first:].index_select(0, block_rows)
+    values = by_block[first + kv_heads :].index_select(0, block_rows)
+    return keys.view(batch, kv_heads, -1, head_dim), values.view(batch, kv_heads, -1, head_dim)
 
 
 def _clear_started_blocks(layout: StepLayout, pool: torch.Tensor) -> None:
@@ -201,7 +207,8 @@ def _chunk(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, 
 
 
 def _block_rows(tables: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-    """Rows of `by_block` for block tables [B, n], layer 0, keys, ordered [B, G, n]."""
+    """Rows of the pool, seen as [blocks * layers * 2 * G, block_size * D], that hold layer 0's keys of block
+    tables [B, n], ordered [B, G, n]."""
     _, layers, _, kv_heads, _, _ = pool.shape
     heads = torch.arange(kv_heads, device=pool.device)[None, :, None]
     return (tables[:, None, :] * (layers * 2 * kv_heads) + heads).flatten()

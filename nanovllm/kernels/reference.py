@@ -42,6 +42,13 @@ class ReferenceKernels:
         wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
         return weight * wide.to(x.dtype)
 
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One after the other."""
+        x = x + delta
+        return x, self.rms_norm(x, weight, eps)
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """The two halves of one product."""
         gate, up = gate_up.chunk(2, dim=-1)
@@ -57,6 +64,15 @@ class ReferenceKernels:
         return ReferencePlan(layout, pool, geometry)
 
     def attention(
+        self, plan: AttentionPlan, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate q and k together, then `attend`."""
+        heads, kv_heads = plan.geometry.num_heads, plan.geometry.num_kv_heads
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        q, k = self.rope(qk, cos, sin).split((heads, kv_heads), dim=1)
+        return self.attend(plan, layer, q, k, v)
+
+    def attend(
         self, plan: AttentionPlan, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Store, then one sequence after the other: gather its blocks, mask, softmax in float32."""

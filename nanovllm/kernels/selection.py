@@ -7,16 +7,23 @@ replaced silently; only `auto` chooses.
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 
 import torch
 
 from nanovllm.errors import ConfigError
+from nanovllm.kernels.c_library import CompileError
+from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.cpu import CpuKernels
 from nanovllm.kernels.cuda import CudaKernels
 from nanovllm.kernels.interface import Kernels
 from nanovllm.kernels.reference import ReferenceKernels
+
+logger = logging.getLogger("nanovllm")
+
+COMPILER_HINT = "Install gcc or clang, or the extra 'compiler' of this package."
 
 _chosen_threads: int | None = None  # the one thing of the package that belongs to the process
 
@@ -47,11 +54,28 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_kernels(name: str, device: torch.device) -> Kernels:
-    """`auto` takes the set made for the device. Raises ConfigError where set and device do not fit."""
-    name = device.type if name == "auto" else name
-    if name != "reference" and name != device.type:
-        raise ConfigError(f"kernels {name!r} need device {name!r}.", param="kernels", hint="Use kernels='auto'.")
-    return {"reference": ReferenceKernels, "cpu": CpuKernels, "cuda": CudaKernels}[name]()
+    """`auto` takes the fastest set of the device that this machine can have, and says so where it is not the first.
+
+    Raises ConfigError where set and device do not fit, or a set that was named cannot be compiled.
+    """
+    if name == "reference":
+        return ReferenceKernels()
+    needs = "cpu" if name == "compiled" else name
+    if name != "auto" and needs != device.type:
+        raise ConfigError(f"kernels {name!r} need device {needs!r}.", param="kernels", hint="Use kernels='auto'.")
+    if device.type == "cuda":
+        return CudaKernels()
+    return CpuKernels() if name == "cpu" else _compiled(must=name == "compiled")
+
+
+def _compiled(must: bool) -> Kernels:
+    try:
+        return CompiledKernels()
+    except CompileError as error:
+        if must:
+            raise ConfigError(f"kernels.c: {error}.", param="kernels", hint=COMPILER_HINT) from error
+        logger.warning("Kernels in torch operations only, which are slower: %s. %s", error, COMPILER_HINT)
+        return CpuKernels()
 
 
 def set_threads(count: int | None) -> None:

@@ -101,10 +101,12 @@ class DecoderModel:
         """token_ids, positions [N]; `last` [M] are the tokens whose successor is wanted. Returns logits [M, vocab]."""
         x = F.embedding(self.kernels.padded(token_ids), self.embedding)  # [N, hidden], or some more rows
         cos, sin = self.rotations(self.kernels.padded(positions))
+        delta = torch.zeros_like(x)  # what the last linear adds to x; summed where x is normalised next
         for i, layer in enumerate(self.layers):
-            x = x + self.attend(i, layer, self.norm(x, layer.input_norm), cos, sin, plan)
-            x = x + layer.down(self.kernels.silu_mul(layer.gate_up(self.norm(x, layer.post_norm))))
-        return self.head(self.norm(x[last], self.final_norm))
+            x, normed = self.add_norm(x, delta, layer.input_norm)
+            x, normed = self.add_norm(x, self.attend(i, layer, normed, cos, sin, plan), layer.post_norm)
+            delta = layer.down(self.kernels.silu_mul(layer.gate_up(normed)))
+        return self.head(self.add_norm(x[last], delta[last], self.final_norm)[1])
 
     def attend(
         self,
@@ -116,17 +118,11 @@ class DecoderModel:
         plan: AttentionPlan,
     ) -> torch.Tensor:
         """Attention of layer `i`: x [N, hidden] -> [N, hidden]."""
-        qk, v = self.project_qkv(layer, x)
-        qk = self.kernels.rope(qk, cos, sin)
-        q, k = qk.split((self.config.num_heads, self.config.num_kv_heads), dim=1)
-        return layer.out(self.kernels.attention(plan, i, q, k, v))
+        return layer.out(self.kernels.attention(plan, i, self.project_qkv(layer, x), cos, sin))
 
-    def project_qkv(self, layer: DecoderLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys [N, H + G, D] side by side, because the same rotation follows; values [N, G, D]."""
-        config = self.config
-        qkv = layer.qkv(x).view(x.shape[0], -1, config.head_dim)  # [N, H + 2G, D]
-        qk, v = qkv.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
-        return qk, v
+    def project_qkv(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values side by side, not yet rotated: [N, H + 2G, D]."""
+        return layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
 
     def rotations(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of position * inv_freq in float32, 2 x [N, 1, D / 2]. No table: any position will do."""
@@ -136,3 +132,7 @@ class DecoderModel:
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm with the model's epsilon."""
         return self.kernels.rms_norm(x, weight, self.config.rms_norm_eps)
+
+    def add_norm(self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta and its norm; x itself is given up."""
+        return self.kernels.add_norm(x, delta, weight, self.config.rms_norm_eps)

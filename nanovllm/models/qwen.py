@@ -19,9 +19,9 @@ class Qwen2ForCausalLM(DecoderModel):
 class Qwen3ForCausalLM(DecoderModel):
     """Llama's layer with per-head norms on q and k."""
 
-    def project_qkv(self, layer: DecoderLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def project_qkv(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         """As in Llama, then q_norm and k_norm over the head dimension."""
-        qk, v = super().project_qkv(layer, x)
-        q, k = qk.split((self.config.num_heads, self.config.num_kv_heads), dim=1)
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        q, k, v = super().project_qkv(layer, x).split((heads, kv_heads, kv_heads), dim=1)
         assert layer.q_norm is not None and layer.k_norm is not None
-        return torch.cat((self.norm(q, layer.q_norm), self.norm(k, layer.k_norm)), dim=1), v
+        return torch.cat((self.norm(q, layer.q_norm), self.norm(k, layer.k_norm), v), dim=1)

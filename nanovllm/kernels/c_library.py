@@ -1,0 +1,151 @@
+"""kernels.c as loaded code: found in the user's cache, or compiled there first.
+
+What it is: the search for a compiler ($CC, cc, gcc, clang, or the `ziglang` wheel), one
+compilation per element type and instruction set, and the call signatures. What it knows
+nothing about: tensors. Invariants: the file's name is a hash of the source, the flags and the
+compiler, and it appears whole or not at all; nothing is loaded from a folder or file that
+another user may write to; compiling needs no OpenMP: torch's own pool of threads is handed
+over as a function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nanovllm.core.cache_dir import cache_dir
+
+logger = logging.getLogger("nanovllm")
+
+SOURCE = Path(__file__).with_name("kernels.c")
+DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall")
+LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64-v2"}  # by torch's name of what it uses
+TIMEOUT_S = 120
+
+ADDRESS, COUNT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class StepArgs(ctypes.Structure):
+    """`step_args` of kernels.c, field by field."""
+
+    _fields_ = (
+        *((name, COUNT) for name in ("num_tokens", "num_decodes", "num_units", "heads", "kv_heads", "dim")),
+        *((name, COUNT) for name in ("block_size", "block_stride", "max_blocks", "window")),
+        *((name, ADDRESS) for name in ("slot_blocks", "slot_offsets", "decode_rows", "contexts", "tables")),
+        *((name, ADDRESS) for name in ("unit_seqs", "first_units", "partial", "parallel")),
+        ("threads", COUNT),
+        ("scale", REAL),
+        *((name, ADDRESS) for name in ("qkv", "kv", "cos", "sin", "out")),
+    )
+
+
+class CompileError(Exception):
+    """There is no compiler, or it failed; the text says which. Caught where kernels are chosen."""
+
+
+def load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The library for one element type, compiled if it is not in the cache. Raises CompileError."""
+    command = [*compiler(), *FLAGS, *target(), *DEFINES[dtype]]
+    key = hashlib.sha256(repr(command).encode() + SOURCE.read_bytes()).hexdigest()[:32]
+    folder = _private_folder(cache_dir() / "kernels")
+    path = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
+    if not path.exists():
+        _compile(command, path)
+    _check_private(path)
+    try:
+        return _with_signatures(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # the next start compiles again
+        raise CompileError(f"{path} cannot be loaded: {error}") from error
+
+
+def compiler() -> list[str]:
+    """The command that compiles C. Raises CompileError if there is none."""
+    if named := os.environ.get("CC"):
+        return shlex.split(named)
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise CompileError("no C compiler was found")
+
+
+def target() -> list[str]:
+    """The instruction set torch's own kernels use, so that one setting caps both."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["-mcpu=native"]
+    level = LEVELS.get(torch.backends.cpu.get_cpu_capability(), "x86-64-v2")
+    return ["-march=" + (level.replace("-", "_") if "ziglang" in compiler() else level)]
+
+
+def parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch loaded, so that both share one pool of threads."""
+    root = Path(torch.__file__).parent
+    for path in sorted([*root.glob("lib/*omp*.so*"), *root.parent.glob("torch.libs/*omp*.so*")]):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ADDRESS).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _compile(command: list[str], path: Path) -> None:
+    logger.info("Compiling %s with %s, once for this machine ...", path.name, command[0])
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+        made = Path(scratch) / "kernels.so"
+        try:
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(made)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CompileError(f"{command[0]} did not run: {error}") from error
+        if done.returncode != 0 or not made.exists():
+            raise CompileError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
+        made.chmod(0o700)
+        os.replace(made, path)
+
+
+def _private_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompileError(f"{folder} cannot be made: {error}") from error
+    _check_private(folder)
+    return folder
+
+
+def _check_private(path: Path) -> None:
+    """What is loaded runs: it must be ours, and nobody else's to write."""
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CompileError(f"{path} can be written by others")
+
+
+def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.add_norm.argtypes = (*[ADDRESS] * 4, COUNT, COUNT, REAL, ADDRESS, ctypes.c_int)
+    library.silu_mul.argtypes = (ADDRESS, ADDRESS, COUNT, COUNT, ADDRESS, ctypes.c_int)
+    library.decode_layer.argtypes = (ctypes.POINTER(StepArgs),)
+    for function in (library.add_norm, library.silu_mul, library.decode_layer):
+        function.restype = None
+    return library

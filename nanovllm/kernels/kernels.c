@@ -1,0 +1,359 @@
+/* The hand-written CPU kernels: residual + RMSNorm, SiLU * up, rotation + KV write, paged attention of one query.
+ *
+ * Built once per element type: -DBFLOAT16 reads and writes bfloat16, else float. All arithmetic is float32.
+ * No instruction set is named: `vec` is sixteen floats, and the compiler makes of it whatever the processor has.
+ * Every sum has a fixed order that depends on its own row or sequence only, never on threads or neighbours.
+ *
+ * Names as in interface.py: N tokens, S sequences, H query heads, G KV heads, R = H / G, D head size.
+ * The pool is [blocks, layers, 2, G, block_size, D]; `kv` points at layer l's keys in block 0.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define CHUNK 256   /* keys that one unit of attention looks at; part of the result's order of sums */
+#define MAX_R 16    /* query heads that share a KV head */
+#define MAX_D 256
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+/* -- numbers ----------------------------------------------------------------------------------------------- */
+
+#ifdef BFLOAT16 /* the upper half of a float */
+typedef uint16_t elem;
+
+INLINE vec load(const elem *p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+
+INLINE void store(elem *p, vec x) { /* to the nearest, ties to even; what is no number stays none */
+    uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uvec nan = (uvec)(x != x);
+    hvec h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), hvec);
+    memcpy(p, &h, sizeof h);
+}
+#else
+typedef float elem;
+
+INLINE vec load(const elem *p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE void store(elem *p, vec x) { memcpy(p, &x, sizeof x); }
+#endif
+
+INLINE vec load_part(const elem *p, int64_t n) { /* n < LANES elements, zeros behind */
+    elem full[LANES] = {0};
+    memcpy(full, p, n * sizeof(elem));
+    return load(full);
+}
+
+INLINE void store_part(elem *p, vec x, int64_t n) {
+    elem full[LANES];
+    store(full, x);
+    memcpy(p, full, n * sizeof(elem));
+}
+
+INLINE vec load_at(const elem *p, int64_t i, int64_t n) { return n - i >= LANES ? load(p + i) : load_part(p + i, n - i); }
+
+INLINE void store_at(elem *p, vec x, int64_t i, int64_t n) {
+    if (n - i >= LANES) store(p + i, x);
+    else store_part(p + i, x, n - i);
+}
+
+INLINE vec every(float x) { return x - (vec){0}; }
+
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+INLINE float sum(vec x) { /* halves onto halves */
+    float a[LANES];
+    memcpy(a, &x, sizeof a);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) a[i] += a[i + width];
+    return a[0];
+}
+
+/* Lane i of the result is the sum of x[i]: the same order of sums as `sum`, for sixteen at once. x is used up. */
+INLINE vec sums_of(vec x[LANES]) {
+    for (int i = 0; i < 8; i++)
+        x[i] = SHUFFLE(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SHUFFLE(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        x[i] = SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        x[i] = SHUFFLE(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               SHUFFLE(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SHUFFLE(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SHUFFLE(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+INLINE float largest(vec x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* e^x for x <= 88: 2^n * e^r with |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf, 2e-7 relative). NaN stays. */
+INLINE vec exponential(vec x) {
+    vec low = choose(x < -87.0f, every(-87.0f), x), high = choose(low > 88.0f, every(88.0f), low);
+    ivec n = __builtin_convertvector(high * 1.44269504f + choose(high < 0, every(-0.5f), every(0.5f)), ivec);
+    vec k = __builtin_convertvector(n, vec), r = high - k * 0.693359375f + k * 2.12194440e-4f;
+    vec p = every(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec power = (vec)((n + 127) << 23);
+    vec result = choose(x < -87.0f, every(0.0f), p * power);
+    return choose(x != x, x, result);
+}
+
+/* -- threads ----------------------------------------------------------------------------------------------- */
+
+/* GOMP_parallel of the OpenMP library that torch already runs: one pool of threads for both. NULL: one thread. */
+typedef void (*parallel_fn)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+typedef struct job {
+    void (*work)(const struct job *, int64_t item);
+    int64_t next, items;
+    const void *args;
+} job;
+
+static void take_items(void *data) { /* each thread takes the next item until none is left */
+    job *j = data;
+    for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->items;) j->work(j, i);
+}
+
+static void for_each(void (*work)(const job *, int64_t), const void *args, int64_t items, parallel_fn parallel, int threads) {
+    job j = {work, 0, items, args};
+    if (parallel && threads > 1 && items > 1) parallel(take_items, &j, threads, 0);
+    else take_items(&j);
+}
+
+/* -- rows: norm and SiLU ----------------------------------------------------------------------------------- */
+
+#define ROWS 8 /* rows of one item of work */
+typedef struct {
+    elem *x, *out;
+    const elem *delta, *weight;
+    int64_t rows, width;
+    float eps;
+} rows_args;
+
+static void norm_rows(const job *j, int64_t item) {
+    const rows_args *a = j->args;
+    int64_t width = a->width, stop = (item + 1) * ROWS < a->rows ? (item + 1) * ROWS : a->rows;
+    for (int64_t row = item * ROWS; row < stop; row++) {
+        elem *x = a->x + row * width, *out = a->out + row * width;
+        vec squares = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            if (a->delta) store_at(x, load_at(x, i, width) + load_at(a->delta + row * width, i, width), i, width);
+            vec v = load_at(x, i, width); /* as rounded: what the next layer will see */
+            squares += v * v;
+        }
+        float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)width + a->eps);
+        for (int64_t i = 0; i < width; i += LANES)
+            store_at(out, load_at(x, i, width) * scale * load_at(a->weight, i, width), i, width);
+    }
+}
+
+/* x += delta (where there is one); out = x / rms(x) * weight. x, delta, out [rows, width]. */
+void add_norm(elem *x, const elem *delta, const elem *weight, elem *out, int64_t rows, int64_t width, float eps,
+              parallel_fn parallel, int threads) {
+    rows_args a = {x, out, delta, weight, rows, width, eps};
+    for_each(norm_rows, &a, (rows + ROWS - 1) / ROWS, parallel, threads);
+}
+
+static void silu_rows(const job *j, int64_t item) {
+    const rows_args *a = j->args;
+    int64_t width = a->width, stop = (item + 1) * ROWS < a->rows ? (item + 1) * ROWS : a->rows;
+    for (int64_t row = item * ROWS; row < stop; row++) {
+        const elem *gate = a->delta + row * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec g = load_at(gate, i, width);
+            store_at(a->out + row * width, g / (1.0f + exponential(-g)) * load_at(up, i, width), i, width);
+        }
+    }
+}
+
+/* out [rows, width] = silu(gate) * up for gate_up [rows, 2 * width]. */
+void silu_mul(const elem *gate_up, elem *out, int64_t rows, int64_t width, parallel_fn parallel, int threads) {
+    rows_args a = {0, out, gate_up, 0, rows, width, 0};
+    for_each(silu_rows, &a, (rows + ROWS - 1) / ROWS, parallel, threads);
+}
+
+/* -- attention --------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    /* of the step; set once by the plan */
+    int64_t num_tokens, num_decodes, num_units, heads, kv_heads, dim, block_size, block_stride, max_blocks, window;
+    const int64_t *slot_blocks, *slot_offsets;      /* [N] where each token's KV goes */
+    const int64_t *decode_rows, *contexts, *tables; /* [S], [S], [S, max_blocks]: sequences of one query */
+    const int64_t *unit_seqs, *first_units;         /* [U] sequence of a unit; [S + 1] first unit of a sequence */
+    float *partial;                                 /* [U, G, R, D + 2]: weighted values, their weight, largest score */
+    parallel_fn parallel;
+    int64_t threads;
+    float scale;
+    /* of the layer */
+    elem *qkv;              /* [N, H + 2 G, D]; q is rotated in place */
+    elem *kv;               /* keys of this layer in block 0; values lie G * block_size * D behind */
+    const elem *cos, *sin;  /* [N, D / 2], or NULL: nothing is rotated */
+    elem *out;              /* [N, H, D] */
+} step_args;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void rotate(const elem *from, elem *to, const elem *cos, const elem *sin, int64_t half) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        vec a = load_at(from, i, half), b = load_at(from + half, i, half);
+        vec c = load_at(cos, i, half), s = load_at(sin, i, half);
+        store_at(to, a * c - b * s, i, half);
+        store_at(to + half, b * c + a * s, i, half);
+    }
+}
+
+static void rotate_and_store_token(const job *j, int64_t token) {
+    const step_args *a = j->args;
+    int64_t dim = a->dim, half = dim / 2, side = a->kv_heads * a->block_size * dim;
+    elem *q = a->qkv + token * (a->heads + 2 * a->kv_heads) * dim, *k = q + a->heads * dim, *v = k + a->kv_heads * dim;
+    elem *slot = a->kv + a->slot_blocks[token] * a->block_stride + a->slot_offsets[token] * dim;
+    const elem *cos = a->cos + token * half, *sin = a->sin + token * half;
+    for (int64_t h = 0; a->cos && h < a->heads; h++) rotate(q + h * dim, q + h * dim, cos, sin, half);
+    for (int64_t g = 0; g < a->kv_heads; g++) {
+        if (a->cos) rotate(k + g * dim, k + g * dim, cos, sin, half);
+        memcpy(slot + g * a->block_size * dim, k + g * dim, dim * sizeof(elem));
+        memcpy(slot + g * a->block_size * dim + side, v + g * dim, dim * sizeof(elem));
+    }
+}
+
+/* Addresses of the keys first..first+count of sequence s, KV head g, wherever their blocks lie. */
+INLINE void find_keys(const step_args *a, int64_t s, int64_t g, int64_t first, int64_t count, const elem **keys) {
+    const int64_t *table = a->tables + s * a->max_blocks;
+    const elem *head = a->kv + g * a->block_size * a->dim;
+    for (int64_t i = 0; i < count;) {
+        int64_t block = (first + i) / a->block_size, offset = (first + i) % a->block_size;
+        const elem *key = head + table[block] * a->block_stride + offset * a->dim;
+        for (; offset < a->block_size && i < count; offset++, i++, key += a->dim) keys[i] = key;
+    }
+}
+
+/* One sequence's R query heads against one KV head's keys of one chunk. `heads` and `vecs` are constants where it
+ * matters, so that sums stay in registers: the compiler makes a copy of this function for each such pair. */
+INLINE void attend_unit(const step_args *a, int64_t unit, int64_t g, const int heads, const int vecs) {
+    int64_t s = a->unit_seqs[unit], context = a->contexts[s], dim = a->dim;
+    int64_t from = a->window && context > a->window ? context - a->window : 0;
+    int64_t chunk = (from / CHUNK + unit - a->first_units[s]) * CHUNK;
+    int64_t first = from > chunk ? from : chunk, count = least(chunk + CHUNK, context) - first;
+    int64_t side = a->kv_heads * a->block_size * dim, width = a->heads + 2 * a->kv_heads;
+    const elem *keys[CHUNK], *q = a->qkv + (a->decode_rows[s] * width + g * heads) * dim;
+    float scores[MAX_R][CHUNK];
+    vec queries[MAX_R][MAX_D / LANES], sums[MAX_R][MAX_D / LANES];
+    find_keys(a, s, g, first, count, keys);
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < vecs; i++) {
+            queries[h][i] = load(q + h * dim + i * LANES) * a->scale;
+            sums[h][i] = every(0);
+        }
+    for (int64_t t = 0; t < count; t += LANES) {
+        vec dots[MAX_R][LANES];
+        for (int64_t at = 0; at < LANES; at++) {
+            const elem *key = keys[least(t + at, count - 1)]; /* behind the last: computed again, not counted */
+            const elem *ahead = keys[least(t + at + LANES, count - 1)]; /* blocks lie apart: no prefetcher follows */
+            for (int64_t i = 0; i < vecs * LANES; i += 64 / sizeof(elem)) {
+                __builtin_prefetch(ahead + i);
+                __builtin_prefetch(key + side + i);
+            }
+            for (int h = 0; h < heads; h++) dots[h][at] = every(0);
+            for (int i = 0; i < vecs; i++) {
+                vec part = load(key + i * LANES);
+                for (int h = 0; h < heads; h++) dots[h][at] += queries[h][i] * part;
+            }
+        }
+        for (int h = 0; h < heads; h++) {
+            vec dot = sums_of(dots[h]);
+            memcpy(scores[h] + t, &dot, sizeof dot);
+        }
+    }
+    float *out = a->partial + (unit * a->kv_heads + g) * heads * (dim + 2);
+    for (int h = 0; h < heads; h++, out += dim + 2) {
+        vec top = every(-__builtin_inff()), weight = every(0);
+        for (int64_t t = count; t % LANES; t++) scores[h][t] = -__builtin_inff();
+        for (int64_t t = 0; t < count; t += LANES) {
+            vec x;
+            memcpy(&x, scores[h] + t, sizeof x);
+            top = choose(x > top, x, top);
+        }
+        float most = largest(top);
+        for (int64_t t = 0; t < count; t += LANES) {
+            vec x;
+            memcpy(&x, scores[h] + t, sizeof x);
+            x = exponential(x - most);
+            memcpy(scores[h] + t, &x, sizeof x);
+            weight += x;
+        }
+        out[dim] = sum(weight);
+        out[dim + 1] = most;
+    }
+    for (int64_t t = 0; t < count; t++)
+        for (int i = 0; i < vecs; i++) {
+            vec value = load(keys[t] + side + i * LANES);
+            for (int h = 0; h < heads; h++) sums[h][i] += scores[h][t] * value;
+        }
+    out = a->partial + (unit * a->kv_heads + g) * heads * (dim + 2);
+    for (int h = 0; h < heads; h++, out += dim + 2)
+        for (int i = 0; i < vecs; i++) memcpy(out + i * LANES, &sums[h][i], sizeof(vec));
+}
+
+static void attend(const job *j, int64_t item) {
+    const step_args *a = j->args;
+    int64_t unit = item / a->kv_heads, g = item % a->kv_heads;
+    int heads = (int)(a->heads / a->kv_heads), vecs = (int)(a->dim / LANES);
+#define CASE(H, V) \
+    if (heads == H && vecs == V) return attend_unit(a, unit, g, H, V);
+    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(7, 4) CASE(2, 8) CASE(3, 8) CASE(4, 8)
+    attend_unit(a, unit, g, heads, vecs);
+}
+
+/* The chunks of one head of one sequence, in order: each counts by its weight at the common largest score. */
+static void merge(const job *j, int64_t item) {
+    const step_args *a = j->args;
+    int64_t s = item / a->heads, h = item % a->heads, dim = a->dim, stride = a->heads * (dim + 2);
+    int64_t first = a->first_units[s], stop = a->first_units[s + 1];
+    const float *part = a->partial + h * (dim + 2);
+    elem *out = a->out + (a->decode_rows[s] * a->heads + h) * dim;
+    float most = part[first * stride + dim + 1], weight = 0;
+    for (int64_t u = first; u < stop; u++)
+        if (part[u * stride + dim + 1] > most) most = part[u * stride + dim + 1];
+    for (int64_t u = first; u < stop; u++)
+        weight += part[u * stride + dim] * exponential(every(part[u * stride + dim + 1] - most))[0];
+    for (int64_t i = 0; i < dim; i += LANES) {
+        vec total = {0}, x;
+        for (int64_t u = first; u < stop; u++) {
+            memcpy(&x, part + u * stride + i, sizeof x);
+            total += x * exponential(every(part[u * stride + dim + 1] - most));
+        }
+        store(out + i, total / weight);
+    }
+}
+
+/* Rotate, store all tokens' KV, then attend for the sequences of one query. Prefill chunks attend elsewhere. */
+void decode_layer(const step_args *a) {
+    parallel_fn few = a->num_tokens >= 8 ? a->parallel : 0;
+    for_each(rotate_and_store_token, a, a->num_tokens, few, (int)a->threads);
+    for_each(attend, a, a->num_units * a->kv_heads, a->parallel, (int)a->threads);
+    for_each(merge, a, a->num_decodes * a->heads, few, (int)a->threads);
+}

@@ -1,0 +1,134 @@
+"""kernels.c: when it is compiled, where it lies, what happens without a compiler; and that neighbours change no bit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ConfigError
+from nanovllm.kernels import c_library
+from nanovllm.kernels.c_library import CompileError
+from nanovllm.kernels.compiled import CompiledKernels
+from nanovllm.kernels.cpu import CpuKernels
+from nanovllm.kernels.interface import StepLayout
+from nanovllm.kernels.selection import choose_kernels
+from tests.kernels.test_parity import Step, steps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache in which nothing was compiled yet, and a source of the same three names that compiles at once."""
+    source = tmp_path / "kernels.c"
+    source.write_text("void add_norm(void) {} void silu_mul(void) {} void decode_layer(void) {}")
+    monkeypatch.setattr(c_library, "SOURCE", source)
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kernels"
+
+
+def fake_compiler(folder: Path, script: str) -> str:
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_compiled_once_and_kept_private(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        c_library.load(torch.float32)
+        c_library.load(torch.float32)
+    assert caplog.text.count("Compiling") == 1  # the progress line
+    (library,) = cache.iterdir()
+    assert library.name.startswith("float32-") and cache.stat().st_mode & 0o777 == 0o700
+    assert library.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "script, says",
+    [
+        ("echo out of tea >&2; exit 1", "out of tea"),
+        ("exit 0", "failed"),  # success without a result
+    ],
+)
+def test_a_compiler_that_fails_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    """`auto` goes on with torch and says so; a set that was named is refused, with what helps."""
+    monkeypatch.setenv("CC", fake_compiler(tmp_path, script))
+    assert choose_kernels("auto", CPU).name == "cpu"
+    with pytest.raises(ConfigError, match=says) as refused:
+        choose_kernels("compiled", CPU)
+    assert refused.value.param == "kernels" and "compiler" in str(refused.value.hint)
+    assert not list(cache.iterdir())
+
+
+def test_without_a_compiler_the_engine_answers_and_says_which_kernels(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    with caplog.at_level(logging.INFO, "nanovllm"), LLM("tiny:random", num_blocks=16) as llm:
+        assert llm.generate(["a"], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids
+    assert "torch operations only" in caplog.text and "/no/such/compiler" in caplog.text
+
+
+def test_nothing_that_others_may_write_is_loaded(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    with pytest.raises(CompileError, match="written by others"):
+        c_library.load(torch.float32)
+    cache.chmod(0o700)
+    c_library.load(torch.float32)
+    next(cache.iterdir()).chmod(0o722)
+    with pytest.raises(CompileError, match="written by others"):
+        c_library.load(torch.float32)
+
+
+def test_a_file_that_is_no_library_is_a_reason_and_does_not_stay(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", fake_compiler(tmp_path, 'for last; do :; done; echo nothing > "$last"'))
+    with pytest.raises(CompileError, match="cannot be loaded"):
+        c_library.load(torch.bfloat16)
+    assert not list(cache.iterdir())  # the next start tries again
+
+
+def test_reference_and_cpu_need_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    assert choose_kernels("reference", CPU).name == "reference" and type(choose_kernels("cpu", CPU)) is CpuKernels
+    assert not cache.exists()
+
+
+@settings(max_examples=40, deadline=None)
+@given(step=steps())
+def test_decodes_alone_beside_others_and_with_two_threads_are_the_same_bits(step: Step) -> None:
+    """Each sequence's sums have an order of their own: nothing of the step or of the threads is in it."""
+    decode = Step(step.contexts, [1] * len(step.contexts), *list(vars(step).values())[2:])
+    if decode.head_dim % 16:
+        return
+    kernels, pool = CompiledKernels(), decode.pool(torch.float32)
+    layout, parts = decode.layout(), decode.qkv(torch.float32)
+
+    def attend(part: StepLayout, span: slice) -> torch.Tensor:
+        plan = kernels.plan(part, pool.clone(), decode.geometry)
+        return kernels.attention(plan, 1, *(tensor[span].clone() for tensor in parts))
+
+    together = attend(layout, slice(None))
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(attend(layout, slice(None)), together)
+    finally:
+        torch.set_num_threads(1)
+    for i in range(len(decode.contexts)):
+        span = slice(i, i + 1)
+        alone = StepLayout(
+            layout.positions[span], np.ones(1, np.int64), layout.context_lens[span], layout.block_tables[span],
+            layout.slot_blocks[span], layout.slot_offsets[span],
+        )  # fmt: skip
+        assert torch.equal(attend(alone, span), together[span])

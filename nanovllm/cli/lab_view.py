@@ -11,7 +11,8 @@ from typing import Any
 
 from nanovllm.lab.experiment_4.cells import FIGURE_COLUMNS, cells
 from nanovllm.lab.findings import Verdict
-from nanovllm.lab.wording import Lang, say
+from nanovllm.lab.wording import say
+from nanovllm.observe.wording import Lang
 
 
 def print_tables(tables: dict[str, Any], out: Path, lang: Lang) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nanovllm.lab.wording import Lang, say
+from nanovllm.lab.wording import say
+from nanovllm.observe.wording import Lang
 
 MISSING = "(missing)"
 

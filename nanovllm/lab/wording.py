@@ -12,8 +12,6 @@ from types import MappingProxyType
 from nanovllm.lab.rule_wording import RULES
 from nanovllm.observe.wording import Lang
 
-__all__ = ["PROSE", "Lang", "say"]
-
 _PROSE = {
     # -- a run ---------------------------------------------------------------------------------------
     "run_done": ("The bundle is in {out}. The chain: {verdict}.", "证据包在 {out}。因果链：{verdict}。"),

@@ -84,6 +84,11 @@ def probe_praised_in_prose(folder: Path) -> None:
         notes.write("\n前缀命中率达到 61%，带来明显加速。\n")
 
 
+def probe_praised_in_the_table(folder: Path) -> None:
+    edit_text(folder / "results.csv", "无人等待块", "探针命中 61%，节省了等待")
+    reseal(folder)
+
+
 def two_repeats(folder: Path) -> None:
     for path in (folder / "raw").glob("*-3*.jsonl"):
         path.unlink()
@@ -215,6 +220,7 @@ MUTATIONS: list[tuple[Callable[[Path], None], set[str]]] = [
     (probe_as_an_effect, {"probe"}),
     (probe_without_its_statement, {"probe"}),
     (probe_praised_in_prose, {"probe"}),
+    (probe_praised_in_the_table, {"probe"}),
     (two_repeats, {"repeats"}),
     (ttft_under_queue_wait, {"relation", "cell"}),
     (edited_manifest, {"manifest"}),

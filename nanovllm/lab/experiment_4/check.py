@@ -59,7 +59,7 @@ def check_bundle(folder: Path, *, handed_in: bool = False) -> Verdict:
         return verdict
     recorded = _raw(folder, manifest, verdict)
     _figures(folder, manifest, recorded, verdict)
-    for name in (README, NOTES, SUBMISSION):
+    for name in (README, RESULTS, NOTES, SUBMISSION):
         verdict.findings += check_claims(name, _text(folder, name, verdict))
     if not (folder / DIAGRAMS / f"{LIFECYCLE}.svg").is_file():
         verdict.findings.append(Finding("diagram", DIAGRAMS))

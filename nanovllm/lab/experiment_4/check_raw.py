@@ -22,7 +22,7 @@ from nanovllm.observe.paths import RequestPath
 
 MANIFEST = "manifest.json"
 STAGES = ("entered", "queued", "scheduled", "prefill_begin", "prefill_end", "first_handover", "output_complete")
-MAX_SIZE = 10_000
+MAX_TOKENS = 10**6  # of one run's prompts
 VOCAB = 256  # lengths do not depend on it
 
 
@@ -43,8 +43,11 @@ def size_of(manifest: dict[str, Any]) -> Size:
     told = manifest.get("size")
     if not isinstance(told, dict) or told.keys() != vars(FULL).keys():
         return FULL
-    is_sound = all(type(value) is int and 1 <= value <= MAX_SIZE for value in told.values())
-    return Size(**told) if is_sound and min(told["short_len"], told["long_len"]) > SHARED_LEN else FULL
+    if not all(type(value) is int and 1 <= value <= MAX_TOKENS for value in told.values()):
+        return FULL
+    lengths = (told["short_len"], told["long_len"])
+    is_sound = min(lengths) > SHARED_LEN and max(lengths) * told["requests"] <= MAX_TOKENS
+    return Size(**told) if is_sound else FULL
 
 
 def check_plan(manifest: dict[str, Any], runs: list[PlannedRun]) -> Iterator[Finding]:

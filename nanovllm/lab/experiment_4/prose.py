@@ -11,8 +11,9 @@ from typing import Any
 
 from nanovllm.lab.experiment_4.chain import HOLDS
 from nanovllm.lab.experiment_4.tables import RecordedRun
-from nanovllm.lab.wording import Lang, say
+from nanovllm.lab.wording import say
 from nanovllm.observe.paths import RequestPath
+from nanovllm.observe.wording import Lang
 
 
 def explanation(lang: Lang, tables: dict[str, Any], row: dict[str, Any]) -> str:

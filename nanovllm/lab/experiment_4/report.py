@@ -15,10 +15,11 @@ from nanovllm.lab.experiment_4 import plots, prose
 from nanovllm.lab.experiment_4.cells import as_csv, as_markdown
 from nanovllm.lab.experiment_4.tables import RecordedRun
 from nanovllm.lab.experiment_4.template import Filled, draft, render
-from nanovllm.lab.wording import Lang, say
+from nanovllm.lab.wording import say
 from nanovllm.observe import sequence_diagram
 from nanovllm.observe.paths import RequestPath
 from nanovllm.observe.probe import LABEL, STATEMENT
+from nanovllm.observe.wording import Lang
 
 LIFECYCLE = "kv_lifecycle"
 

@@ -15,7 +15,8 @@ from typing import Any
 from nanovllm.lab.experiment_4.cases import CASES
 from nanovllm.lab.experiment_4.cells import as_markdown, cells_header, markdown_row
 from nanovllm.lab.experiment_4.tables import COLUMNS
-from nanovllm.lab.wording import Lang, say
+from nanovllm.lab.wording import say
+from nanovllm.observe.wording import Lang
 
 DRAFT_MARKS = ("【草稿】", "[DRAFT]")
 IDENTITY = ("name", "student_id", "date", "environment")

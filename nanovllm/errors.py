@@ -176,7 +176,9 @@ class StateRefusedError(NanoVLLMError):
 
     status, code = 507, "state_refused"
 
-    def __init__(self, message: str, *, receipt: object = None, param: str | None = None, hint: str | None = None):
+    def __init__(
+        self, message: str, *, receipt: object = None, param: str | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(message, param=param, hint=hint)
         self.receipt = receipt
 

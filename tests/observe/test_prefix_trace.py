@@ -119,5 +119,5 @@ def test_a_compressed_trace_is_read_and_a_torn_one_refused(trace: Path) -> None:
     whole = packed.read_bytes()
     for broken in (whole[:-9], whole[:12] + bytes([whole[12] ^ 0xFF]) + whole[13:], b"no gzip at all"):
         packed.write_bytes(broken)
-        with pytest.raises(InvalidRequestError, match="cannot be|no JSON object"):
+        with pytest.raises(InvalidRequestError, match=r"cannot be|no JSON object"):
             list(read_prefix_trace(packed))

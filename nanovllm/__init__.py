@@ -13,15 +13,21 @@ if TYPE_CHECKING:
     from nanovllm.core.sampling_params import SamplingParams as SamplingParams
     from nanovllm.core.segments import Segment as Segment
     from nanovllm.llm import LLM as LLM
+    from nanovllm.state.objects import Document as Document
+    from nanovllm.state.objects import Session as Session
+    from nanovllm.state.store import StateStore as StateStore
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Grammar", "SamplingParams", "Segment", "__version__"]
+__all__ = ["LLM", "Document", "Grammar", "SamplingParams", "Segment", "Session", "StateStore", "__version__"]
 
 _HOMES = {
+    "Document": "nanovllm.state.objects",
     "Grammar": "nanovllm.core.grammar",
     "LLM": "nanovllm.llm",
     "SamplingParams": "nanovllm.core.sampling_params",
     "Segment": "nanovllm.core.segments",
+    "Session": "nanovllm.state.objects",
+    "StateStore": "nanovllm.state.store",
 }
 
 

@@ -27,6 +27,7 @@ KERNELS = ("auto", "reference", "cpu", "compiled", "cuda")
 PREFIX_MODES = ("off", "observe", "reuse")
 SCHEDULE_MODES = ("mixed", "separate")
 POLICIES = ("fcfs", "priority", "sjf")
+STATE_LOADS = ("auto", "always", "never")
 LOGGED_CALLS = ("can_allocate", "allocate", "deallocate")
 LIMITS = {"event_capacity": 2**24, "num_blocks": 2**22, "num_threads": os.cpu_count() or 1}
 SERVER_TABLE = "server"  # the table of a settings file that nanovllm.serve.config reads
@@ -60,6 +61,11 @@ class EngineConfig:
     max_prefill_chunk: int | None = _setting(None, "longest prefill chunk of one sequence per step, tokens")
     watermark: float = _setting(0.01, "share of the pool kept free at admission")
     prefix_mode: str = _setting("reuse", "off, observe (report potential hits only) or reuse")
+    state_dir: str | None = _setting(None, "folder for state that survives a restart: texts, and KV written behind")
+    state_host_memory: int | str | None = _setting(None, "memory for KV that left the device; default: none is kept")
+    state_disk_quota: int | str = _setting("4GiB", "how much the state folder may hold")
+    state_remote: str | None = _setting(None, "a Valkey or Redis server that engines share, such as redis://host:6379")
+    state_load: str = _setting("auto", "auto: bring KV up where that is cheaper than computing; always or never")
     seed: int = _setting(0, "seed of requests that bring none, and of tiny:random weights")
     num_threads: int | None = _setting(None, "CPU threads for kernels; belongs to the process")
     enforce_eager: bool = _setting(
@@ -95,6 +101,13 @@ class EngineConfig:
         self.kv_memory_bytes  # noqa: B018  (parses, so that a bad size is refused here)
         for name in self.logged_block_calls:
             _check_choice("log_blocks", name, LOGGED_CALLS)
+        for name in ("state_host_memory", "state_disk_quota"):
+            if getattr(self, name) is not None:
+                parse_bytes(getattr(self, name), name)
+        for name in ("state_dir", "state_remote"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} must be a text, not {shown(value)}.", param=name)
 
     @property
     def kv_memory_bytes(self) -> int | None:
@@ -141,6 +154,7 @@ _CHOICES = {
     "prefix_mode": PREFIX_MODES,
     "schedule_mode": SCHEDULE_MODES,
     "policy": POLICIES,
+    "state_load": STATE_LOADS,
 }
 
 

@@ -25,7 +25,8 @@ from nanovllm.engine.intake import Prompt
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.parts import Progress, RequestArgs
-from nanovllm.errors import InvalidRequestError, shown
+from nanovllm.errors import EngineClosedError, InvalidRequestError, shown
+from nanovllm.state.store import StateStore
 
 Messages = list[dict[str, Any]]
 
@@ -49,6 +50,16 @@ class LLM:
         self.engine: LLMEngine = build_engine(config, progress=progress)
         self.tokenizer = self.engine.parts.tokenizer
         self.after_step = self.engine.driver.after_step
+
+    @property
+    def state_store(self) -> StateStore:
+        """Named state over the tiers of this engine; called in the thread that runs the engine, between steps.
+
+        Raises EngineClosedError after `close`.
+        """
+        if self.engine.parts.state is None:
+            raise EngineClosedError("The engine is closed.", hint="Make a new LLM.")
+        return self.engine.parts.state.store
 
     def generate(
         self,

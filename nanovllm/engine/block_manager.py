@@ -13,7 +13,7 @@ Invariants (`integrity.check_blocks` verifies them):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from nanovllm.core.digest import CHAIN_ROOT, ChainLink, DigestFn, block_digest
@@ -42,6 +42,7 @@ class BlockManager:
     eviction: EvictionPolicy = field(default_factory=LRUEviction)
     digest_fn: DigestFn = block_digest
     events: EventBus | None = None
+    on_evict: Callable[[Block], None] | None = None  # told of a published block just before it is overwritten
 
     def __post_init__(self) -> None:
         self.blocks = [Block(i) for i in range(self.num_blocks)]
@@ -118,7 +119,7 @@ class BlockManager:
         if twin is not None:
             self._adopt(seq, i, twin)
             return twin.link
-        if holder is not None and not self._displace(holder):
+        if holder is not None and not self.discard(holder):
             return None
         self.index.publish(block, seq, i, parent)
         return block.link
@@ -130,8 +131,8 @@ class BlockManager:
             seq.block_table[i] = twin.block_id
             self._unhold(own_id)
 
-    def _displace(self, holder: Block) -> bool:
-        """Free a digest held by a block with other contents, or a parent long gone; refused while it is in use."""
+    def discard(self, holder: Block) -> bool:
+        """Make a free published block findable no more; refused while it is in use."""
         if holder.ref_count > 0:
             return False
         self.index.unpublish(holder)
@@ -157,6 +158,11 @@ class BlockManager:
         self.leases.add(lease)
         return lease
 
+    def extend(self, lease: Lease) -> Block:
+        """One fresh block more for a lease; the caller knows that one is free."""
+        lease.block_ids.append(self._take_fresh())
+        return self.blocks[lease.block_ids[-1]]
+
     def release(self, lease: Lease) -> None:
         """Give a lease back; a second call does nothing."""
         if not lease.released:
@@ -168,6 +174,8 @@ class BlockManager:
     def _take_fresh(self) -> int:
         """The eviction point: a cached block handed out here can no longer be found."""
         block = self.blocks[self.free_block_ids.pop()]
+        if self.on_evict is not None and block.hash_value is not None:
+            self.on_evict(block)
         self.index.unpublish(block)
         block.ref_count, block.life = 1, block.life + 1
         self.used_block_ids.add(block.block_id)

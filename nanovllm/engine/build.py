@@ -17,10 +17,10 @@ from nanovllm.core.clock import MonotonicClock
 from nanovllm.core.events import EventBus
 from nanovllm.engine.block_log import BlockTimes, log_calls
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.build_state import build_state
 from nanovllm.engine.device_tier import DeviceTier, PoolSize, size_pool
 from nanovllm.engine.intake import Intake
 from nanovllm.engine.integrity import check_blocks
-from nanovllm.engine.kv_state import DeviceState
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parts import EngineParts
@@ -47,15 +47,16 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
     clock = MonotonicClock()
     events = EventBus(clock, config.event_capacity)
     blocks = BlockManager(size.num_blocks, config.block_size, config.prefix_mode, events=events)
+    identity: dict[str, object] = {"weights": fingerprint, "dtype": str(dtype), "model": asdict(loaded.config)}
+    state = build_state(config, blocks, runner.tier, identity, clock)
     scheduler = Scheduler(
         SchedulingPolicy.from_config(config),
-        DeviceState(blocks),
+        state,
         clock,
         events,
         block_size=config.block_size,
         watermark_blocks=int(config.watermark * size.num_blocks),
     )
-    identity: dict[str, object] = {"weights": fingerprint, "dtype": str(dtype), "model": asdict(loaded.config)}
     parts = EngineParts(
         runner=runner,
         scheduler=scheduler,
@@ -67,8 +68,10 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
         eos_token_ids=loaded.config.eos_token_ids,
         identity=identity,
         device_tier=runner.tier,
+        state=state,
     )
     engine = LLMEngine(parts)
+    engine.marks.costs = state.costs
     log_calls(blocks, config.logged_block_calls)
     if config.time_blocks:
         engine.marks.block_times = BlockTimes(blocks, clock)

@@ -12,7 +12,8 @@ recognised by its generation and ignored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from nanovllm.core.digest import Digest
@@ -45,6 +46,7 @@ class TransferReport:
     generation: int
     ok: bool
     num_tokens: int = 0
+    tokens_by_tier: Mapping[str, int] = field(default_factory=dict)  # where they lay
 
 
 class KVState(Protocol):

@@ -190,6 +190,8 @@ class LLMEngine:
             self.flush()
             self._is_closed = True
             self.parts.grammars.close()
+            if self.parts.state is not None:
+                self.parts.state.close()
             del self.runner, self.parts.runner, self.parts.device_tier
 
     # -- the steps of a step -----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nanovllm.core.timeline import Run
 from nanovllm.engine.block_log import BlockTimes
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.step_costs import StepCosts
 
 ENDS = {SequenceStatus.ABORTED: "aborted", SequenceStatus.FAILED: "failed"}
 
@@ -24,6 +25,7 @@ class StepMarks:
         self.clock, self.events = clock, events
         self.num_steps = self.num_prefill_tokens = self.num_decode_tokens = 0
         self.block_times: BlockTimes | None = None  # set where the time in block calls is measured
+        self.costs: StepCosts | None = None  # set where somebody decides by what computing costs
         self._launch_ns = 0
 
     def launch(self, batch: ScheduledBatch, scheduler: Scheduler) -> None:
@@ -55,6 +57,8 @@ class StepMarks:
     def collected(self, batch: ScheduledBatch) -> None:
         """The step's tokens are there, not yet appended; its counters still say what it computed."""
         now_ns = self.clock.now_ns()
+        if self.costs is not None:
+            self.costs.observe(batch.num_tokens, (now_ns - self._launch_ns) / 1_000_000)
         for seq in batch.seqs:
             completes = seq.num_scheduled_tokens == seq.num_remaining_tokens
             if seq.is_prefilling:

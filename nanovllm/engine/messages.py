@@ -154,6 +154,7 @@ class Finished(msgspec.Struct, frozen=True):
     finish_reasons: list[str] = msgspec.field(default_factory=list)
     error: ErrorInfo | None = None
     timings: Timings | None = None
+    hit_tokens_by_tier: dict[str, int] = msgspec.field(default_factory=dict)  # the sum is cached_tokens
 
 
 class RequestView(msgspec.Struct, frozen=True):
@@ -250,6 +251,7 @@ def finished_of(final: RequestOutput) -> Finished:
         finish_reasons=[completion.finish_reason or "" for completion in final.completions],
         error=None if final.error is None else ErrorInfo.of(final.error),
         timings=msgspec.convert({"arrival_ns": timeline.arrival_ns, **terms}, Timings),
+        hit_tokens_by_tier=final.hit_tokens_by_tier,
     )
 
 

@@ -71,6 +71,11 @@ class RequestOutput:
         """The first sample's timeline."""
         return self.completions[0].timeline
 
+    @property
+    def hit_tokens_by_tier(self) -> dict[str, int]:
+        """Where the reused prefix lay: device, host, disk, remote; the sum is `cached_tokens`."""
+        return self.timeline.hit_tokens_by_tier
+
     def __getitem__(self, key: str) -> object:
         if key not in ("text", "token_ids", "finish_reason", "prompt_len", "cached_tokens"):
             raise KeyError(key)

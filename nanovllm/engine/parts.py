@@ -19,6 +19,7 @@ from nanovllm.engine.grammar import GrammarCompiler
 from nanovllm.engine.intake import Intake, Prompt
 from nanovllm.engine.outputs import RequestOutput
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.tiered_state import TieredState
 
 if TYPE_CHECKING:
     from nanovllm.engine.device_tier import DeviceTier  # the one record with tensors: simulated engines have none
@@ -55,6 +56,7 @@ class EngineParts:
     identity: dict[str, object] = field(default_factory=dict)
     seed: int = 0
     device_tier: DeviceTier | None = None
+    state: TieredState | None = None  # the scheduler's `kv`, where there is a state plane beneath it
     label: str = "measured"
     grammars: GrammarCompiler = field(init=False)
 

@@ -11,6 +11,7 @@ induction the whole prefix is. A colliding digest costs a miss, never foreign KV
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nanovllm.core.digest import CHAIN_ROOT, ChainLink, Digest, DigestFn, block_digest
@@ -28,6 +29,7 @@ class Block:
     token_ids: tuple[int, ...] = ()
     parent: ChainLink = CHAIN_ROOT
     life: int = 0
+    namespace: str = ""  # whose prompt it was published for; the digest binds it, stored bytes are labelled with it
 
     @property
     def link(self) -> ChainLink:
@@ -77,10 +79,17 @@ class PrefixIndex:
 
     def publish(self, block: Block, seq: Sequence, i: int, parent: ChainLink) -> None:
         """Make `block` findable as logical block `i` of `seq`. The digest must be free."""
-        block.hash_value, block.token_ids, block.parent = self.digest(seq, i), tuple(seq.block(i)), parent
-        self.hash_to_block_id[block.hash_value] = block.block_id
+        block.namespace = seq.namespace
+        self.enter(block, self.digest(seq, i), seq.block(i), parent, self._parent_digest(seq, i))
+
+    def enter(
+        self, block: Block, digest: Digest, token_ids: Iterable[int], parent: ChainLink, parent_digest: Digest
+    ) -> None:
+        """The same for a block that no sequence of ours computed. The digest must be free."""
+        block.hash_value, block.token_ids, block.parent = digest, tuple(token_ids), parent
+        self.hash_to_block_id[digest] = block.block_id
         if self.events:
-            self.events.block("stored", block.hash_value, self._parent_digest(seq, i), self.block_size)
+            self.events.block("stored", digest, parent_digest, self.block_size)
 
     def unpublish(self, block: Block) -> None:
         """The block cannot be found any more; nothing happens if it could not before."""

@@ -15,9 +15,10 @@ before holds, so scheduling may simply be asked again.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
@@ -31,6 +32,7 @@ from nanovllm.engine.state_count import count_state
 from nanovllm.engine.waits import WaitLog
 from nanovllm.observe.statistics import StateCount
 
+NO_TIERS: Mapping[str, int] = MappingProxyType({})
 FinishCheck = Callable[[Sequence, int], str | None]
 
 
@@ -197,7 +199,7 @@ class Scheduler:
             seq.timeline.state_wait_ns += self.clock.now_ns() - since_ns
             if report.ok:
                 self.kv.commit(seq, min(report.num_tokens, seq.num_remaining_tokens - 1))  # one is always computed
-                self._count_hits(seq, seq.num_cached_tokens)
+                self._count_hits(seq, seq.num_cached_tokens, below=report.tokens_by_tier)
                 self._start(seq)
             else:
                 self.kv.release(seq)
@@ -313,10 +315,18 @@ class Scheduler:
         insort(self.running, seq, key=self.policy.queue_key)
         self._emit(seq, "scheduled")
 
-    def _count_hits(self, seq: Sequence, num_hit_tokens: int, num_potential_tokens: int | None = None) -> None:
-        """Of the first admission: what a preempted sequence finds again is its own work."""
+    def _count_hits(
+        self,
+        seq: Sequence,
+        num_hit_tokens: int,
+        num_potential_tokens: int | None = None,
+        below: Mapping[str, int] = NO_TIERS,
+    ) -> None:
+        """Of the first admission: what a preempted sequence finds again is its own work. `below`: by lower tier."""
         if not seq.timeline.preempted_ns:
             seq.num_hit_tokens = num_hit_tokens
+            by_tier = {"device": num_hit_tokens - sum(below.values()), **below}
+            seq.timeline.hit_tokens_by_tier = {tier: tokens for tier, tokens in by_tier.items() if tokens}
             seq.num_potential_hit_tokens = num_hit_tokens if num_potential_tokens is None else num_potential_tokens
 
     def _headroom(self, seq: Sequence) -> int:

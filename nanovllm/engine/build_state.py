@@ -1,0 +1,72 @@
+"""From an `EngineConfig` to the state beneath an engine: its store, its tiers, its verbs.
+
+What it is: wiring. What it knows nothing about: models, requests. Invariants: without settings there is a
+small memory for named objects and nothing else, and no block is copied; a folder that cannot be opened stops
+the start with its own error; what the store found amiss is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from nanovllm.config import EngineConfig, parse_bytes
+from nanovllm.core.clock import Clock
+from nanovllm.core.digest import Digest, root_digest
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.device_state_tier import DeviceStateTier, engine_namespace
+from nanovllm.engine.device_tier import DeviceTier
+from nanovllm.engine.step_costs import StepCosts
+from nanovllm.engine.tiered_state import TieredState
+from nanovllm.state.store import StateStore
+from nanovllm.state.tiers.tier import Tier
+
+logger = logging.getLogger("nanovllm")
+
+OBJECT_BYTES = 64 << 20  # memory for named objects, where no host memory is given to KV
+
+
+def build_state(
+    config: EngineConfig, blocks: BlockManager, pool: DeviceTier, identity: Mapping[str, object], clock: Clock
+) -> TieredState:
+    """The state plane of one engine. Raises StateFolderError, TierError."""
+    device = DeviceStateTier(blocks, pool, layout_of(pool.pool), pool.pool.shape[1])
+    costs = StepCosts()
+    host = config.state_host_memory
+    store = StateStore.open(
+        None if config.state_dir is None else Path(config.state_dir),
+        host_bytes=OBJECT_BYTES if host is None else parse_bytes(host, "state_host_memory"),
+        disk_bytes=parse_bytes(config.state_disk_quota, "state_disk_quota"),
+        remote=_remote(config.state_remote),
+        device=device,
+        root_of=lambda namespace: root_of(identity, namespace),
+        cost_of=costs.ms,
+        clock=clock,
+    )
+    for warning in store.warnings:
+        logger.warning("%s", warning)
+    kv_tiers = {"host": host, "disk": config.state_dir, "remote": config.state_remote}
+    names = tuple(name for name, setting in kv_tiers.items() if setting is not None)
+    return TieredState(blocks, device, store, kv_tiers=names, load_mode=config.state_load, costs=costs)
+
+
+def root_of(identity: Mapping[str, object], namespace: str) -> Digest:
+    """The root of a namespace's digest chains, as `SequenceFactory` makes it without a salt."""
+    return root_digest({**identity, "namespace": engine_namespace(namespace), "salt": ""})
+
+
+def layout_of(pool: torch.Tensor) -> str:
+    """How a block's bytes lie: layers x (k, v) x KV heads x tokens x head dim, and the type of a number."""
+    shape = "x".join(map(str, pool.shape[1:]))
+    return f"{shape}/{str(pool.dtype).removeprefix('torch.')}"
+
+
+def _remote(url: str | None) -> Tier | None:
+    if url is None:
+        return None
+    from nanovllm.state.tiers.remote import RemoteTier  # its client is needed by nobody else
+
+    return RemoteTier(url)

@@ -1,0 +1,85 @@
+"""LoadPlan: what of a prefix lies in lower tiers, and whether bringing it up is cheaper than computing it.
+
+What it is: the decision before a load, as data that a receipt shows. What it knows nothing about: moving
+bytes, block ids. Invariants: looking changes nothing and touches no disk; both estimates are in the plan
+whatever was decided; where the cost of computing is not known yet, the load is tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.config import STATE_LOADS
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_costs import StepCosts
+from nanovllm.state.objects import KVBlock
+from nanovllm.state.plane import Plane
+
+AUTO, ALWAYS, NEVER = STATE_LOADS
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Blocks in order, the tier each would come from, and the two estimates in milliseconds."""
+
+    blocks: tuple[KVBlock, ...]
+    tiers: tuple[str, ...]
+    size_bytes: int
+    load_ms: float
+    load_label: str
+    compute_ms: float | None
+    is_worth_it: bool
+    reason: str
+
+    def detail(self, seq: Sequence, num_loaded: int) -> dict[str, Any]:
+        """For the receipt."""
+        return {
+            "request_id": seq.request_id,
+            "tokens": sum(len(block.token_ids) for block in self.blocks),
+            "loaded_tokens": sum(len(block.token_ids) for block in self.blocks[:num_loaded]),
+            "estimated_load_ms": self.load_ms,
+            "load_speed": self.load_label,
+            "estimated_compute_ms": self.compute_ms,
+            "decision": self.reason,
+        }
+
+
+def blocks_below(plane: Plane, blocks: list[KVBlock]) -> tuple[str, ...]:
+    """The fastest lower tier of each block, up to the first that lies in none."""
+    tiers: list[str] = []
+    for block in blocks:
+        entry = plane.catalog.entries.get(block.digest)
+        known = entry is not None and entry.label.layout == plane.layout
+        name = next((n for n in plane.places if entry is not None and known and n in entry.tiers), None)
+        if name is None:
+            break
+        tiers.append(name)
+    return tuple(tiers)
+
+
+def plan_load(
+    plane: Plane, blocks: list[KVBlock], tiers: tuple[str, ...], cached: int, new: int, costs: StepCosts, mode: str
+) -> LoadPlan:
+    """Whether to bring up `blocks`: `cached` tokens are on the device, `new` would have to be computed."""
+    found = tuple(blocks[: len(tiers)])
+    sizes = [plane.catalog.entries[block.digest].size_bytes for block in found]
+    load_ms = sum(plane.places[tier].read_speed.ms(size) for tier, size in zip(tiers, sizes, strict=True))
+    labels = {plane.places[tier].read_speed.label for tier in tiers}
+    loaded = sum(len(block.token_ids) for block in found)
+    compute_ms = None
+    if costs.is_known:
+        compute_ms = costs.ms(cached, new) - costs.ms(cached + loaded, new - loaded)
+    worth, reason = _decide(mode, load_ms, compute_ms)
+    label = "measured" if labels == {"measured"} else "estimated"
+    return LoadPlan(found, tiers, sum(sizes), load_ms, label, compute_ms, worth, reason)
+
+
+def _decide(mode: str, load_ms: float, compute_ms: float | None) -> tuple[bool, str]:
+    if mode != AUTO:
+        return mode == ALWAYS, f"state_load is {mode}"
+    if compute_ms is None:
+        return True, "what computing costs is not known yet"
+    if load_ms < compute_ms:
+        return True, "loading is cheaper"
+    return False, "computing is cheaper"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from nanovllm.core.cost_table import CostTable
     from nanovllm.lab.cache_comparison import Comparison
+    from nanovllm.observe.wording import Lang
 
 EXAMPLES = """Examples:
 
@@ -71,6 +72,7 @@ def cache(
         Path | None, _flag("--plot", "Draw it: .png or .svg (needs matplotlib).", show_default=False)
     ] = None,
     as_json: Annotated[bool, _flag("--json", "Print one JSON document.")] = False,
+    lang: Annotated[Literal["en", "zh"], _flag("--lang", "Language of prose; identifiers stay English.")] = "en",
 ) -> None:
     """Replay a trace through eviction policies: hit tokens and saved prefill time per capacity (simulated)."""
     from nanovllm.lab.allocation_plot import check_plot_path
@@ -95,7 +97,7 @@ def cache(
     if as_json:
         print(json.dumps(found.as_dict(), allow_nan=False))
     else:
-        _print(found)
+        _print(found, lang)
 
 
 def _costs(given: str | None) -> CostTable:
@@ -120,8 +122,10 @@ def _progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _print(found: Comparison) -> None:
+def _print(found: Comparison, lang: Lang) -> None:
     from rich.console import Console
+
+    from nanovllm.lab.wording import say
 
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -129,22 +133,35 @@ def _print(found: Comparison) -> None:
     trace, costs = found.trace, found.setting.costs
     hits = found.infinite.as_dict()
     console.print(
-        f"{len(trace.prompts):,} requests, {trace.tokens:,} prompt tokens (lengths /{trace.scale}), "
-        f"{trace.num_blocks:,} blocks of {trace.block_tokens} tokens, {trace.num_distinct:,} of them distinct"
+        say(
+            lang,
+            "cache_trace",
+            requests=f"{len(trace.prompts):,}",
+            tokens=f"{trace.tokens:,}",
+            scale=trace.scale,
+            blocks=f"{trace.num_blocks:,}",
+            block_tokens=trace.block_tokens,
+            distinct=f"{trace.num_distinct:,}",
+        )
     )
     console.print(
-        f"infinite cache: {hits['hit_blocks']:,} blocks found, {hits['block_hit_share']:.1%}; "
-        f"{hits['hit_tokens']:,} tokens, {hits['token_hit_share']:.1%} (simulated); "
-        f"prefill saved {hits['saved_ms'] / 1000:,.1f} of {hits['prefill_ms'] / 1000:,.1f} s (estimated)"
+        say(
+            lang,
+            "cache_infinite",
+            hit_blocks=f"{hits['hit_blocks']:,}",
+            block_share=f"{hits['block_hit_share']:.1%}",
+            hit_tokens=f"{hits['hit_tokens']:,}",
+            token_share=f"{hits['token_hit_share']:.1%}",
+            saved=f"{hits['saved_ms'] / 1000:,.1f}",
+            total=f"{hits['prefill_ms'] / 1000:,.1f}",
+        )
     )
-    console.print("\nhit tokens, % of prompt tokens (simulated)")
+    console.print("\n" + say(lang, "cache_hits"))
     console.print(_table(found, "token_hit_share", 100), soft_wrap=False)
-    console.print("\nsaved prefill, seconds (estimated)")
+    console.print("\n" + say(lang, "cache_saved"))
     console.print(_table(found, "saved_ms", 0.001), soft_wrap=False)
-    console.print(
-        f"\nT(cached, new) = {costs.base_ms:g} + {costs.per_new_ms:g} new + {costs.per_pair_ms:g} new (cached + new/2) "
-        "ms (estimated). Each prompt is served the instant it comes: hits overstate what a busy server reuses."
-    )
+    prices = {"base": f"{costs.base_ms:g}", "per_new": f"{costs.per_new_ms:g}", "per_pair": f"{costs.per_pair_ms:g}"}
+    console.print("\n" + say(lang, "cache_costs", **prices))
 
 
 def _table(found: Comparison, figure: str, factor: float) -> Table:

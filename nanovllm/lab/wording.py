@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from nanovllm.lab.cache_wording import CACHE
 from nanovllm.lab.rule_wording import RULES
 from nanovllm.observe.wording import Lang
 
@@ -238,7 +239,7 @@ _PROSE = {
         "<!-- 状态如何约束系统能力边界？写清状态驻留、并发与等待，引用上面的数字。 -->",
     ),
 }
-PROSE = MappingProxyType({**_PROSE, **RULES})
+PROSE = MappingProxyType({**_PROSE, **RULES, **CACHE})
 
 
 def say(lang: Lang, key: str, **places: object) -> str:

@@ -37,6 +37,14 @@ def test_the_tables_name_their_labels_and_their_bounds(nanovllm: Run, trace: Pat
     assert all(name in picture for name in ALL_POLICIES) and "simulated" in picture
 
 
+def test_prose_comes_in_chinese_and_labels_stay(nanovllm: Run, trace: Path) -> None:
+    asked = ("lab", "cache", str(trace), "--policy", "lru", "--capacity", "2")
+    done = {lang: nanovllm(*asked, "--lang", lang).stdout for lang in ("en", "zh")}
+    assert "无限缓存：命中 6 块，60.0%" in done["zh"] and "infinite cache" not in done["zh"]
+    numbers = [re.findall(r"\d[\d,.]*%?|simulated|estimated|lru", text.replace("/2", "")) for text in done.values()]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+
+
 def test_the_document_has_every_run_with_its_prices(nanovllm: Run, trace: Path) -> None:
     flags = ("--policy", "lru", "--policy", "clairvoyant", "--capacity", "2", "--scale", "1", "--cost", "1,0.5,0")
     document = json.loads(nanovllm("lab", "cache", str(trace), *flags, "--json").stdout)

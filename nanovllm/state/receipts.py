@@ -14,7 +14,7 @@ from typing import Any
 
 SHOWN_CANDIDATES = 16  # a receipt names the best few; `num_candidates` says how many there were
 PER_OBJECT = 64
-MAX_OBJECTS = 10_000
+MAX_RECEIPTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class History:
     def __init__(self) -> None:
         self._by_object: OrderedDict[str, deque[Receipt]] = OrderedDict()
         self._counts: dict[str, int] = {}
+        self._kept = 0
         self.recent: deque[Receipt] = deque(maxlen=1024)
         self._seq = 0
 
@@ -80,10 +81,12 @@ class History:
         for state_id in dict.fromkeys(state_ids):
             kept = self._by_object.setdefault(state_id, deque(maxlen=PER_OBJECT))
             self._by_object.move_to_end(state_id)
+            self._kept += len(kept) < PER_OBJECT
             kept.append(receipt)
             self._counts[state_id] = self._counts.get(state_id, 0) + 1
-        while len(self._by_object) > MAX_OBJECTS:
-            oldest, _ = self._by_object.popitem(last=False)
+        while self._kept > MAX_RECEIPTS:
+            oldest, forgotten = self._by_object.popitem(last=False)
+            self._kept -= len(forgotten)
             del self._counts[oldest]
 
     def of(self, state_id: str) -> tuple[tuple[Receipt, ...], int]:

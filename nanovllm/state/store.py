@@ -173,9 +173,13 @@ class StateStore:
         given = Metadata.of({"namespace": obj.namespace} if metadata is None else metadata)
         return self._naming.fork(obj, given)
 
-    def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Receipt:
-        """Out of every tier: the text, and the KV that only this object owned."""
-        return self._drop(self.find(state_id, namespace), reason)
+    def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked", *, wait: bool = True) -> Receipt:
+        """Out of every tier: the text, and the KV that only this object owned.
+
+        Engine: without `wait` nothing can be found any more, and the bytes are on their way out; what a tier
+        fails to remove is tried again by `tick`.
+        """
+        return self._drop(self.find(state_id, namespace), reason, wait=wait)
 
     def export(self, state_id: str, namespace: str | None = None) -> bytes:
         """The object and its KV as one verified bundle."""
@@ -293,7 +297,7 @@ class StateStore:
         if now - self._swept_ms >= SWEEP_MS:
             self._swept_ms = now
             for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
-                self._drop(obj, "expired")
+                self._drop(obj, "expired", wait=False)
 
     def settle(self) -> None:
         """Wait until nothing is under way; the tiers' deadlines bound that."""
@@ -312,9 +316,9 @@ class StateStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _drop(self, obj: StateObject, reason: str) -> Receipt:
+    def _drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
         self._residency.release_all(obj.state_id)
-        return self._naming.drop(obj, reason)
+        return self._naming.drop(obj, reason, wait=wait)
 
     def _demote(self, place: Place, entry: Entry) -> str | None:
         return self._migration.demote(place, entry)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.state.objects import Metadata, check_state_id, check_tokens, new_state_id
-from nanovllm.state.receipts import PER_OBJECT, History, Receipt
+from nanovllm.state.receipts import MAX_RECEIPTS, PER_OBJECT, History, Receipt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,3 +91,7 @@ def test_a_history_is_bounded_and_says_what_it_forgot() -> None:
     kept, forgotten = history.of("a")
     assert len(kept) == PER_OBJECT and forgotten == 5 and kept[-1].seq == PER_OBJECT + 5
     assert history.of("b") == ((), 0)
+    for i in range(MAX_RECEIPTS):
+        history.add(Receipt(history.next_seq(), "put", True, "asked"), [f"object {i}"])
+    assert history.of("a") == ((), 0) and len(history.of(f"object {MAX_RECEIPTS - 1}")[0]) == 1
+    assert sum(len(history.of(f"object {i}")[0]) for i in range(MAX_RECEIPTS)) == MAX_RECEIPTS

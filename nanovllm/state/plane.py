@@ -31,6 +31,7 @@ from nanovllm.state.tiers.device import DeviceTier
 from nanovllm.state.tiers.tier import Item
 
 FULL = "full"
+MAX_GROUP = 64  # durable writes that share a commit
 
 
 @dataclass(eq=False)
@@ -112,7 +113,7 @@ class Plane:
 
     def _commit_group(self, place: Place) -> None:
         """Group commit: what came while the last group was written is the next group."""
-        group, place.group = place.group, []
+        group, place.group = place.group[:MAX_GROUP], place.group[MAX_GROUP:]
         place.is_committing = bool(group)
         if group:
             self._fly(place, group, lambda: self._commit_group(place))

@@ -61,8 +61,7 @@ class DurableFiles:
     def write(self, items: Sequence[Item]) -> None:
         """Group commit: all or none of the batch. Raises TierError, TierFullError."""
         try:
-            for item in items:
-                self._write_new(item)
+            self._write_new(items)
             for item in items:
                 self.folder.rename(item.key.hex() + NEW, item.key.hex())
             self.folder.sync_names()
@@ -116,15 +115,19 @@ class DurableFiles:
         """Close the ledger."""
         self.ledger.close()
 
-    def _write_new(self, item: Item) -> None:
-        name = item.key.hex() + NEW
-        self.folder.remove(name)
-        fd = self.folder.create(name)
+    def _write_new(self, items: Sequence[Item]) -> None:
+        """All are written before the first is synced, so that the file system can share its own commit."""
+        fds: list[int] = []
         try:
-            self.folder.write(fd, item.sealed, 0)
-            self.folder.sync(fd)
+            for item in items:
+                self.folder.remove(item.key.hex() + NEW)
+                fds.append(self.folder.create(item.key.hex() + NEW))
+                self.folder.write(fds[-1], item.sealed, 0)
+            for fd in fds:
+                self.folder.sync(fd)
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
 
     def _take_back(self, items: Sequence[Item]) -> None:
         """After a failure nothing of the batch stays, as far as the disk still obeys; recovery does the rest."""

@@ -190,8 +190,9 @@ class LLMEngine:
             self.flush()
             self._is_closed = True
             self.parts.grammars.close()
-            if self.parts.state is not None:
-                self.parts.state.close()
+            state, self.parts.state = self.parts.state, None
+            if state is not None:
+                state.close()
             del self.runner, self.parts.runner, self.parts.device_tier
 
     # -- the steps of a step -----------------------------------------------------------------------

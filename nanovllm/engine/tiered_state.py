@@ -150,6 +150,7 @@ class TieredState(DeviceState):
         with self._harmless():
             self.behind.drain()
         self.store.close()
+        del self.device.memory  # the pool goes with the engine, whoever still holds its books
 
     def facts(self) -> dict[str, int]:
         """The counters by name, for metrics and pages."""

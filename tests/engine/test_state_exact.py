@@ -1,0 +1,160 @@
+"""Real KV through real tiers, float32: the tokens of a cold run, whatever was evicted, restored or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ConfigError, EngineClosedError, StateFolderError
+
+TINY: dict[str, Any] = {
+    "model": "tiny:random", "dtype": "float32", "block_size": 4, "num_blocks": 40, "max_model_len": 160,
+    "check_invariants": True, "state_load": "always", "progress": False,
+}  # fmt: skip
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+PROMPT = [(7 * i + i * i) % 250 for i in range(70)]
+HITS = (0, 3, 4, 5, 33, 64, 68, 69, 70)
+
+
+def settle(llm: LLM) -> None:
+    """Idle steps until nothing waits to be written."""
+    while not llm.engine.scheduler.kv.is_settled():
+        llm.engine.step()
+
+
+def forget_device(llm: LLM) -> None:
+    """What nobody holds leaves the pool; the tiers below keep what they have."""
+    settle(llm)
+    assert llm.engine.parts.state is not None
+    device = llm.engine.parts.state.device
+    for digest in list(device.manager.hash_to_block_id):
+        assert device.discard(digest)
+
+
+@pytest.fixture(scope="module")
+def cold() -> Iterator[list[int]]:
+    with LLM(**{**TINY, "prefix_mode": "off"}) as llm:
+        yield llm.generate([PROMPT], GREEDY)[0].token_ids
+
+
+def test_every_hit_length_from_host_and_disk_and_after_a_restart(cold: list[int], tmp_path: Path) -> None:
+    for tier, settings in (("host", {"state_host_memory": "8MiB"}), ("disk", {"state_dir": str(tmp_path)})):
+        with LLM(**TINY, **settings) as llm:
+            for hit in HITS:
+                llm.state_store.evict(tier=tier, bytes=1 << 20)
+                forget_device(llm)
+                if hit:
+                    llm.generate([PROMPT[:hit]], SamplingParams(temperature=0.0, max_tokens=1))
+                forget_device(llm)
+                (final,) = llm.generate([PROMPT], GREEDY)
+                whole = min(hit // 4, 69 // 4) * 4
+                assert final.token_ids == cold and final.hit_tokens_by_tier == ({tier: whole} if whole else {}), hit
+                assert (final.timeline.state_wait_ns > 0) == (whole > 0)
+                assert final.timeline.t_queue_ns >= final.timeline.state_wait_ns
+    with LLM(**TINY, state_dir=str(tmp_path), state_host_memory="8MiB") as llm:
+        for tier in ("disk", "host"):
+            (final,) = llm.generate([PROMPT], GREEDY)
+            assert final.token_ids == cold and final.hit_tokens_by_tier == {tier: 68}
+            forget_device(llm)
+
+
+def test_a_real_model_restored_from_host_and_from_disk_after_a_restart(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dtype": "float32", "num_blocks": 24, "state_load": "always", "progress": False}
+    prompt = "Prefill computes the keys and values of a prompt once. " * 12
+    with LLM("smollm2", state_dir=str(tmp_path), state_host_memory="256MiB", **settings) as llm:
+        cold = llm.generate(prompt, GREEDY)[0]
+        forget_device(llm)
+        assert cold.cached_tokens == 0
+        from_host = llm.generate(prompt, GREEDY)[0]
+    with LLM("smollm2", state_dir=str(tmp_path), **settings) as llm:
+        from_disk = llm.generate(prompt, GREEDY)[0]
+    whole = (cold.prompt_len - 1) // 16 * 16
+    assert from_host.hit_tokens_by_tier == {"host": whole} and from_disk.hit_tokens_by_tier == {"disk": whole}
+    assert cold.token_ids == from_host.token_ids == from_disk.token_ids
+
+
+def test_a_pool_that_overflows_spills_and_restores(cold: list[int], tmp_path: Path) -> None:
+    """Several conversations share a pool that holds one and a half of them."""
+    with LLM(**TINY, state_dir=str(tmp_path), state_host_memory="100KiB") as llm:
+        others = [[i, *PROMPT[:60]] for i in range(4)]
+        first = [out.token_ids for out in llm.generate(others, GREEDY)]
+        assert llm.generate([PROMPT], GREEDY)[0].token_ids == cold
+        assert [llm.generate([prompt], GREEDY)[0].token_ids for prompt in others] == first
+        again = llm.generate([PROMPT], GREEDY)[0]
+        assert again.token_ids == cold and again.cached_tokens == 68
+        assert llm.state_store.top()["tiers"]["host"]["evicted"] > 0
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_folder_costs_time_and_never_a_token(cold: list[int], tmp_path: Path, damage: str) -> None:
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        llm.generate([PROMPT], GREEDY)
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        for path in [path for path in tmp_path.rglob("*.seg*") if path.is_file()]:
+            data = bytearray(path.read_bytes())
+            for i in range(len(data) // 2, len(data), 997):
+                data[i] ^= 0x10
+            half = bytes(data[: len(data) // 2])
+            path.write_bytes({"flipped": bytes(data), "cut": half, "gone": b""}[damage])
+        (final,) = llm.generate([PROMPT], GREEDY)
+        assert final.token_ids == cold and final.error is None and final.cached_tokens < 68
+        assert llm.engine.parts.state is not None and llm.engine.parts.state.counters.loads_failed == 1
+        forget_device(llm)
+        assert llm.generate([PROMPT], GREEDY)[0].token_ids == cold
+
+
+def test_another_model_on_the_folder_is_a_miss_and_keeps_the_texts(tmp_path: Path) -> None:
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        llm.generate([PROMPT], GREEDY)
+        llm.state_store.put(PROMPT, {"name": "prompt", "durable": True})
+    with LLM(**TINY, state_dir=str(tmp_path), seed=1) as other:
+        (final,) = other.generate([PROMPT], GREEDY)
+        assert final.cached_tokens == 0 and other.state_store.get("prompt", "default") == PROMPT
+        assert any("another model" in warning for warning in other.state_store.warnings)
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        assert llm.generate([PROMPT], GREEDY)[0].hit_tokens_by_tier == {"disk": 68}
+
+
+def test_aborted_while_it_loads_from_disk(cold: list[int], tmp_path: Path) -> None:
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        llm.generate([PROMPT], GREEDY)
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        for _ in range(3):
+            request_id = llm.engine.add_request(PROMPT, GREEDY)
+            llm.engine.step()
+            llm.engine.abort(request_id)
+            llm.engine.flush()
+            assert not llm.engine.parts.state.block_manager.used_block_ids  # type: ignore[union-attr]
+        assert llm.generate([PROMPT], GREEDY)[0].token_ids == cold
+
+
+def test_a_folder_has_one_owner_and_a_closed_engine_no_store(tmp_path: Path) -> None:
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        assert llm.state_store.ls() == []
+        with pytest.raises(StateFolderError):
+            LLM(**TINY, state_dir=str(tmp_path))
+    with pytest.raises(EngineClosedError):
+        llm.state_store  # noqa: B018
+    with LLM(**TINY, state_dir=str(tmp_path)):
+        pass
+
+
+@pytest.mark.parametrize(
+    "settings", [{"state_host_memory": "much"}, {"state_disk_quota": 0}, {"state_dir": 7}, {"state_load": "maybe"}]
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        LLM(**{**TINY, **settings})
+    assert refused.value.param == next(iter(settings))
+
+
+def test_without_settings_nothing_is_copied_and_names_work() -> None:
+    with LLM(**{**TINY, "state_load": "auto"}) as llm:
+        llm.generate([PROMPT], GREEDY)
+        state_id = llm.state_store.put(PROMPT[:16], {"name": "opening"})
+        assert llm.state_store.pin(state_id).ok and llm.state_store.unpin(state_id).ok
+        assert llm.engine.parts.state.facts()["spilled_blocks"] == 0  # type: ignore[union-attr]

@@ -133,7 +133,7 @@ class StateStore:
         self, state_id: str, obj: Storable, *, generation: int | None = None, namespace: str | None = None
     ) -> Receipt:
         """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`."""
-        pending = self._naming.begin_update(self.find(state_id, namespace), obj, generation)
+        pending = self._naming.begin_update(self._own(state_id, namespace), obj, generation)
         receipt = self._naming.storing.finish(pending).receipt
         assert receipt is not None
         return receipt
@@ -157,7 +157,7 @@ class StateStore:
         then: Callable[[Pending], None] = lambda pending: None,
     ) -> Pending:
         """Engine: as `update`, without waiting."""
-        return self._naming.begin_update(self.find(state_id, namespace), obj, generation, then)
+        return self._naming.begin_update(self._own(state_id, namespace), obj, generation, then)
 
     def get(self, state_id: str, namespace: str | None = None) -> Storable:
         """What was put, verified. Takes an id, `name` or `name@version`. Raises StateNotFoundError."""
@@ -179,7 +179,7 @@ class StateStore:
         Engine: without `wait` nothing can be found any more, and the bytes are on their way out; what a tier
         fails to remove is tried again by `tick`.
         """
-        return self._drop(self.find(state_id, namespace), reason, wait=wait)
+        return self._drop(self._own(state_id, namespace), reason, wait=wait)
 
     def export(self, state_id: str, namespace: str | None = None) -> bytes:
         """The object and its KV as one verified bundle."""
@@ -199,7 +199,7 @@ class StateStore:
         Refused where all pins together would take more than their share, where there is no such tier
         here, or where its bytes are nowhere. On the device, blocks computed later are held from then on.
         """
-        obj = self.find(state_id, namespace)
+        obj = self._own(state_id, namespace)
         if ttl is not None:
             check_ttl(ttl)
         blocks = self._naming.blocks_of(obj)
@@ -207,13 +207,13 @@ class StateStore:
 
     def unpin(self, state_id: str, device: str | None = None, namespace: str | None = None) -> Receipt:
         """Give the claim back, in one tier or in all. Not ok where it was not pinned."""
-        return self._residency.unpin(self.find(state_id, namespace), device)
+        return self._residency.unpin(self._own(state_id, namespace), device)
 
     # migration
 
     def migrate(self, state_id: str, tier: str, namespace: str | None = None) -> Receipt:
         """Bring its bytes to `tier` and give up copies above it. A text's last durable copy stays where it is."""
-        return self._migration.migrate(self.find(state_id, namespace), tier)
+        return self._migration.migrate(self._own(state_id, namespace), tier)
 
     def spill(self, blocks: Sequence[tuple[KVBlock, bytes]], tier: str | None = None) -> Transfer | None:
         """Engine: begin to write computed blocks; None where nothing was begun."""
@@ -250,7 +250,7 @@ class StateStore:
 
     def explain(self, state_id: str, namespace: str | None = None) -> Explanation:
         """What is known of an object and every decision that concerned it."""
-        return self._audit.explain(self.find(state_id, namespace))
+        return self._audit.explain(self._own(state_id, namespace))
 
     def ls(self, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
         """The objects that a tenant may see, the oldest first; all of them for the operator."""
@@ -315,6 +315,14 @@ class StateStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _own(self, state_id: str, namespace: str | None = None) -> StateObject:
+        """As `find`, for verbs that change an object or tell of its history: a public document is read by all
+        and changed by its owner."""
+        obj = self.find(state_id, namespace)
+        if namespace not in (None, obj.namespace):
+            raise StateNotFoundError(f"There is no state {state_id!r:.80} of yours.", param="state_id")
+        return obj
 
     def _drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
         self._residency.release_all(obj.state_id)

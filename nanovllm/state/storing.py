@@ -130,7 +130,7 @@ class Storing:
         receipt = self.plane.receipt(
             pending.action, pending.started_ns, False, reason, obj=pending.old, size_bytes=len(pending.data)
         )
-        pending.error = error or StateRefusedError(f"The object was not kept: {reason}.", receipt=receipt)
+        pending.error = error or StateRefusedError(f"The object was not kept: {reason.rstrip('.')}.", receipt=receipt)
         pending.receipt = receipt
         pending.then(pending)
 

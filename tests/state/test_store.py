@@ -121,6 +121,11 @@ def test_tenants_see_their_own_and_public_documents() -> None:
             with pytest.raises(StateNotFoundError, match="There is no state"):
                 verb(state_id, namespace=who)
     assert {obj.state_id for obj in store.ls(namespace="b")} == {public}
+    mine = store.fork(public, {"namespace": "b"}, namespace="b")  # read by all, changed by its owner
+    for verb in (store.drop, store.explain, store.pin, store.unpin, lambda *a, **n: store.update(public, "x", **n)):
+        with pytest.raises(StateNotFoundError, match="of yours"):
+            verb(public, namespace="b")
+    assert store.get(public) == "for all" and store.drop(mine, namespace="b").ok
     spill(store, blocks_for(store, TOKENS, "a"))
     assert store.match(TOKENS, "a").num_tokens == 16 and store.match(TOKENS, "b").num_tokens == 0
 
@@ -465,3 +470,17 @@ def test_evicting_much_at_once_does_not_crowd_out_a_put(tmp_path: Path) -> None:
     assert store.plane.places["disk"].writes.state == "closed" and store.top()["tiers"]["disk"]["refused"] == 0
     check_books(store)
     store.close()
+
+
+def test_a_folder_opened_read_only_is_read_and_nothing_else(tmp_path: Path) -> None:
+    with StateStore.open(tmp_path / "state", host_bytes=0) as store:
+        state_id = store.put("text")
+    before = sorted((file.name, file.stat().st_size) for file in (tmp_path / "state" / "texts").iterdir())
+    with StateStore.open(tmp_path / "state", host_bytes=0, read_only=True) as store:
+        assert store.get(state_id) == "text" and store.verify().ok
+        with pytest.raises(StateRefusedError, match="full"):
+            store.put("more", {"durable": False})
+        with pytest.raises(StateRefusedError, match=r"open read-only\.$"):
+            store.put("more")
+        assert not store.drop(state_id).ok
+    assert before == sorted((file.name, file.stat().st_size) for file in (tmp_path / "state" / "texts").iterdir())

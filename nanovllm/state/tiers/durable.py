@@ -49,11 +49,7 @@ class DurableFiles:
 
     def __post_init__(self) -> None:
         self._sizes: dict[bytes, int] = {}
-
-    @property
-    def file_bytes(self) -> int:
-        """What the files take."""
-        return sum(self._sizes.values())
+        self.file_bytes = 0  # what the files take; read by other threads
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._sizes
@@ -69,7 +65,8 @@ class DurableFiles:
         except TierError:
             self._take_back(items)
             raise
-        self._sizes.update({item.key: len(item.sealed) for item in items})
+        for item in items:
+            self._enter(item.key, len(item.sealed))
 
     def read(self, key: bytes) -> bytes | None:
         """The sealed bytes, unverified."""
@@ -83,13 +80,13 @@ class DurableFiles:
         self.ledger.commit(remove=here)
         for key in here:
             self.folder.remove(key.hex())
-            self._sizes.pop(key, None)
+            self._leave(key)
         self.folder.sync_names()
 
     def set_aside(self, key: bytes, elsewhere: Folder) -> None:
         """Move a damaged file out of the way and forget it."""
         self.ledger.commit(remove=[key])
-        self._sizes.pop(key, None)
+        self._leave(key)
         with io_errors(self.folder.role, "set aside"):
             os.rename(self.folder.path / key.hex(), elsewhere.path / f"{key.hex()}.bad")
         self.folder.sync_names()
@@ -108,7 +105,7 @@ class DurableFiles:
             if lost or adopted:
                 self.ledger.commit(put=adopted, remove=lost)
         for row in [*(row for key, row in known.items() if key not in set(lost)), *adopted]:
-            self._sizes[row.key] = row.size
+            self._enter(row.key, row.size)
             yield Found(msgspec.msgpack.decode(row.label, type=Label), row.size, durable=True)
 
     def close(self) -> None:
@@ -128,6 +125,13 @@ class DurableFiles:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _enter(self, key: bytes, size: int) -> None:
+        self.file_bytes += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+
+    def _leave(self, key: bytes) -> None:
+        self.file_bytes -= self._sizes.pop(key, 0)
 
     def _take_back(self, items: Sequence[Item]) -> None:
         """After a failure nothing of the batch stays, as far as the disk still obeys; recovery does the rest."""

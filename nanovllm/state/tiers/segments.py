@@ -88,12 +88,14 @@ class Segments:
     @property
     def live_bytes(self) -> int:
         """What can be found."""
-        return sum(segment.live_bytes for segment in self._segments.values())
+        with self._lock:
+            return sum(segment.live_bytes for segment in self._segments.values())
 
     @property
     def file_bytes(self) -> int:
         """What the files take, dead frames included."""
-        return sum(segment.end for segment in self._segments.values())
+        with self._lock:
+            return sum(segment.end for segment in self._segments.values())
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.sampling_params import SamplingParams
@@ -27,6 +27,7 @@ from nanovllm.engine.messages import (
     EngineStats,
     FromEngine,
     Ready,
+    StateAnswer,
     StateView,
     StepReport,
     Submit,
@@ -34,6 +35,7 @@ from nanovllm.engine.messages import (
     params_to_wire,
 )
 from nanovllm.engine.request_stream import RequestStream
+from nanovllm.engine.state_calls import call_of, result_of
 from nanovllm.errors import DrainingError, NanoVLLMError, UnhealthyError
 from nanovllm.models.chat_tokenizer import ChatTokenizer
 from nanovllm.models.loading import load_model_files
@@ -60,6 +62,8 @@ class AsyncEngine:
         self.viewers: list[Callable[[StateView], None]] = []  # called with each view, while `watch` asks for them
         self.link: Link = ProcessLink() if in_process_of_its_own else ThreadLink()
         self._streams: dict[str, RequestStream] = {}
+        self._calls: dict[int, asyncio.Future[StateAnswer]] = {}
+        self._num_calls = 0
         self._ready: asyncio.Future[None] | None = None
         self._is_empty = asyncio.Event()
         self._is_empty.set()
@@ -127,6 +131,21 @@ class AsyncEngine:
         if self.state not in ("loading", "dead"):
             self.link.send(Watch(period_s))
 
+    async def call_state(self, verb: str, **arguments: Any) -> Any:
+        """A call on the engine's `StateStore`, run between two of its steps: `await call_state("pin", state_id=...)`.
+
+        Returns and raises what the store does. Raises UnhealthyError where the engine ends before it answers.
+        """
+        self._check_state()
+        self._num_calls += 1
+        call = call_of(self._num_calls, verb, arguments)
+        self._calls[call.call_id] = answered = asyncio.get_running_loop().create_future()
+        try:
+            self.link.send(call)
+            return result_of(await answered, verb)
+        finally:
+            del self._calls[call.call_id]
+
     # -- requests ----------------------------------------------------------------------------------
 
     def submit(
@@ -179,6 +198,9 @@ class AsyncEngine:
     def _fail_all(self, error: NanoVLLMError) -> None:
         for stream in list(self._streams.values()):
             stream.fail(error)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
 
     # -- what the engine says ----------------------------------------------------------------------
 
@@ -198,6 +220,10 @@ class AsyncEngine:
             self._settle(None)
             if self._watch_s:
                 self.watch(self._watch_s)
+        elif isinstance(message, StateAnswer):
+            call = self._calls.get(message.call_id)
+            if call is not None and not call.done():
+                call.set_result(message)
         elif isinstance(message, StateView):
             self.stats = message.stats
             for viewer in self.viewers:

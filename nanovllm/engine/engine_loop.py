@@ -27,6 +27,8 @@ from nanovllm.engine.messages import (
     Finished,
     FromEngine,
     Heartbeat,
+    StateAnswer,
+    StateCall,
     StepReport,
     Stop,
     Submit,
@@ -37,9 +39,10 @@ from nanovllm.engine.messages import (
     params_from_wire,
 )
 from nanovllm.engine.outputs import StepOutput
+from nanovllm.engine.state_calls import apply_call
 from nanovllm.engine.state_count import count_totals
 from nanovllm.engine.watch import StateWatch
-from nanovllm.errors import ExecutionError, NanoVLLMError, UnhealthyError
+from nanovllm.errors import ExecutionError, InvalidRequestError, NanoVLLMError, UnhealthyError
 
 logger = logging.getLogger("nanovllm")
 
@@ -102,12 +105,15 @@ class EngineLoop:
         except queue.Empty:
             return True
 
-    def _take(self, message: Submit | Abort | Watch | Compiled) -> None:
+    def _take(self, message: Submit | Abort | Watch | StateCall | Compiled) -> None:
         if isinstance(message, Abort):
             self._abort(message.request_id)
             return
         if isinstance(message, Watch):
             self._watch.set(message.period_s)
+            return
+        if isinstance(message, StateCall):
+            self._call_state(message)
             return
         submit = message.message if isinstance(message, Compiled) else message
         try:
@@ -158,6 +164,14 @@ class EngineLoop:
             self._refused.append(Finished(request_id, finish_reasons=["abort"]))
         self.engine.abort(request_id)
 
+    def _call_state(self, call: StateCall) -> None:
+        state = self.engine.parts.state
+        if state is None:
+            error = InvalidRequestError("This engine has no state plane.", param="verb")
+            self._send(StateAnswer(call.call_id, error=ErrorInfo.of(error)))
+        else:
+            apply_call(state.store, call, self._send)
+
     def _refuse(self, request_id: str, error: NanoVLLMError) -> None:
         self._compiling.pop(request_id, None)
         self._refused.append(Finished(request_id, error=ErrorInfo.of(error)))
@@ -167,6 +181,7 @@ class EngineLoop:
     def _turn(self) -> list[StepOutput]:
         """One step if there is work. What even the engine did not catch counts as a bad step."""
         if self.engine.is_finished() and not self._only_transfers():
+            self._pass_time()
             return []
         before, start_s = self.engine.marks.num_prefill_tokens, time.perf_counter()
         try:
@@ -184,6 +199,11 @@ class EngineLoop:
     def _only_transfers(self) -> bool:
         """No request lives, and bytes are still on their way for those that did: their leases end when they arrive."""
         return self.engine.is_finished() and not self.engine.scheduler.kv.is_settled()
+
+    def _pass_time(self) -> None:
+        """Nothing to step: what time alone brings to state, such as the end of a pin."""
+        if self.engine.parts.state is not None:
+            self.engine.parts.state.tick()
 
     def _give_up(self) -> list[StepOutput]:
         """Too many bad steps: everything that lives fails, and nothing new enters."""

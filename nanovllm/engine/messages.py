@@ -4,8 +4,8 @@ What it is: plain records, and their bytes on a pipe. What it knows nothing abou
 threads, sockets, HTTP. Invariant: a message holds nothing but numbers, strings, lists
 and maps, so the same words work within a process and between two.
 
-    caller -> engine     Submit, Abort, Watch, Stop
-    engine -> caller     Ready, Heartbeat, StepReport, StateView, Died
+    caller -> engine     Submit, Abort, Watch, StateCall, Stop
+    engine -> caller     Ready, Heartbeat, StepReport, StateView, StateAnswer, Died
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ class Watch(msgspec.Struct, tag=True, frozen=True):
     """Say every `period_s` what the engine holds; 0: nobody looks any more."""
 
     period_s: float
+
+
+class StateCall(msgspec.Struct, tag=True, frozen=True):
+    """A call on the state store, run between two steps; see `state_calls`."""
+
+    call_id: int
+    verb: str
+    args: dict[str, Any]
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -214,14 +222,23 @@ class StepReport(msgspec.Struct, tag=True, frozen=True):
     started: list[str] = msgspec.field(default_factory=list)
 
 
+class StateAnswer(msgspec.Struct, tag=True, frozen=True):
+    """What a call on the state store returned, or why it was refused; `receipt` beside an id or a refusal."""
+
+    call_id: int
+    result: Any = None
+    error: ErrorInfo | None = None
+    receipt: dict[str, Any] | None = None
+
+
 class Died(msgspec.Struct, tag=True, frozen=True):
     """The engine could not start, or takes no more requests. Nothing follows but heartbeats."""
 
     error: ErrorInfo
 
 
-ToEngine = Submit | Abort | Watch | Stop
-FromEngine = Ready | Heartbeat | StepReport | StateView | Died
+ToEngine = Submit | Abort | Watch | StateCall | Stop
+FromEngine = Ready | Heartbeat | StepReport | StateView | StateAnswer | Died
 
 
 def delta_of(output: StepOutput) -> Delta:

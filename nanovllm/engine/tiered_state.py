@@ -132,16 +132,20 @@ class TieredState(DeviceState):
     def poll(self) -> list[TransferReport]:
         """Move loads on and tell which ended; write behind."""
         self._budget = self.bytes_per_step
-        with self._harmless():
-            self.store.tick()
+        self.tick()
         reports = [self._end(load) for load in list(self._loads.values()) if self._is_over(load)]
         with self._harmless():
             self.behind.write()
         return reports
 
+    def tick(self) -> None:
+        """What time brings: transfers that ended, pins and objects that expire."""
+        with self._harmless():
+            self.store.tick()
+
     def is_settled(self) -> bool:
-        """False while a load is under way or blocks wait to be written."""
-        return not self._loads and self.behind.is_empty
+        """False while anything is on its way between tiers, or waits to be written."""
+        return not self._loads and self.behind.is_empty and self.store.plane.mover.num_pending == 0
 
     def close(self) -> None:
         """Write what waits, as far as the tiers take it, and close the store."""

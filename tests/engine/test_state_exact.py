@@ -62,6 +62,7 @@ def test_every_hit_length_from_host_and_disk_and_after_a_restart(cold: list[int]
             forget_device(llm)
 
 
+@pytest.mark.long
 def test_a_real_model_restored_from_host_and_from_disk_after_a_restart(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dtype": "float32", "num_blocks": 24, "state_load": "always", "progress": False}
     prompt = "Prefill computes the keys and values of a prompt once. " * 12

@@ -107,16 +107,25 @@ class DeviceTier:
         shape = (size.num_blocks, c.num_layers, 2, c.num_kv_heads, size.block_size, c.head_dim)
         self.pool = _zeros(shape, dtype, device)
         self.block_bytes = size.block_bytes
+        # On the CPU blocks move as plain memory: a tensor's copy of this size waits for all threads of the kernels.
+        on_cpu = device.type == "cpu"
+        self._rows = self.pool.view(torch.uint8).view(size.num_blocks, -1).numpy() if on_cpu else None
 
     def read_block(self, block_id: int) -> bytes:
         """The block's bytes in canonical order. Raises InvalidRequestError on an id outside the pool."""
-        return self._block(block_id).contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        block = self._block(block_id)
+        if self._rows is not None:
+            return self._rows[block_id].tobytes()
+        return block.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
     def write_block(self, block_id: int, data: bytes) -> None:
         """Overwrite a block that the caller holds. Raises InvalidRequestError unless `data` is exactly one block."""
         if len(data) != self.block_bytes:
             raise InvalidRequestError(f"A block has {self.block_bytes} bytes, not {len(data)}.", param="data")
         block = self._block(block_id)
+        if self._rows is not None:
+            self._rows[block_id] = np.frombuffer(data, np.uint8)
+            return
         numbers = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(block.dtype)
         block.copy_(numbers.view(block.shape))
 

@@ -246,10 +246,13 @@ def test_what_was_acknowledged_survives_a_power_loss(tmp_path: Path, examples: i
         list(tier.scan())
         durable, volatile, dropped = {}, {}, set()
         for step in range(rng.randint(1, 25)):
-            key = step.to_bytes(32, "big")
-            payload = rng.randbytes(rng.randint(0, 3000))
-            (durable if (is_durable := rng.random() < 0.5) else volatile)[key] = payload
-            tier.write([item(key, payload, durable=is_durable)])
+            group = []
+            for part in range(rng.randint(1, 3)):
+                key = (4 * step + part).to_bytes(32, "big")
+                payload = rng.randbytes(rng.randint(0, 3000))
+                (durable if (is_durable := rng.random() < 0.5) else volatile)[key] = payload
+                group.append(item(key, payload, durable=is_durable))
+            tier.write(group)
             if durable and rng.random() < 0.2:
                 gone = rng.choice(list(durable))
                 tier.drop([gone], scrub=True)

@@ -23,7 +23,7 @@ class CpuKernels(PagedKernels):
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """`weight` is copied into oneDNN's layout; the caller may drop its own copy."""
-        if not torch.backends.mkldnn.is_available():
+        if not _can_pack(weight.dtype):
             return ReferenceKernels.linear(self, weight, bias)
         return PackedLinear(weight, bias)
 
@@ -35,3 +35,10 @@ class CpuKernels(PagedKernels):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """torch's fused norm, float32 inside."""
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """oneDNN multiplies bfloat16 only where the instruction set, as it may be capped, has AVX-512 or better."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -66,7 +66,9 @@ INLINE void store_part(elem *p, vec x, int64_t n) {
     memcpy(p, full, n * sizeof(elem));
 }
 
-INLINE vec load_at(const elem *p, int64_t i, int64_t n) { return n - i >= LANES ? load(p + i) : load_part(p + i, n - i); }
+INLINE vec load_at(const elem *p, int64_t i, int64_t n) {
+    return n - i >= LANES ? load(p + i) : load_part(p + i, n - i);
+}
 
 INLINE void store_at(elem *p, vec x, int64_t i, int64_t n) {
     if (n - i >= LANES) store(p + i, x);
@@ -106,21 +108,20 @@ INLINE float largest(vec x) {
     return top;
 }
 
-/* e^x for x <= 88: 2^n * e^r with |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf, 2e-7 relative). NaN stays. */
+/* e^x between e^-87 and e^88: 2^n * e^r with |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf, 2e-7 relative).
+ * Adding 1.5 * 2^23 rounds to n and leaves it in the lowest bits. What is no number stays none. */
 INLINE vec exponential(vec x) {
-    vec low = choose(x < -87.0f, every(-87.0f), x), high = choose(low > 88.0f, every(88.0f), low);
-    ivec n = __builtin_convertvector(high * 1.44269504f + choose(high < 0, every(-0.5f), every(0.5f)), ivec);
-    vec k = __builtin_convertvector(n, vec), r = high - k * 0.693359375f + k * 2.12194440e-4f;
-    vec p = every(1.9875691500e-4f);
+    x = choose(x < -87.0f, every(-87.0f), x);
+    x = choose(x > 88.0f, every(88.0f), x);
+    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f, p = every(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    vec power = (vec)((n + 127) << 23);
-    vec result = choose(x < -87.0f, every(0.0f), p * power);
-    return choose(x != x, x, result);
+    return p * (vec)(((uvec)shifted << 23) + 0x3f800000);
 }
 
 /* -- threads ----------------------------------------------------------------------------------------------- */
@@ -138,7 +139,8 @@ static void take_items(void *data) { /* each thread takes the next item until no
     for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->items;) j->work(j, i);
 }
 
-static void for_each(void (*work)(const job *, int64_t), const void *args, int64_t items, parallel_fn parallel, int threads) {
+static void for_each(void (*work)(const job *, int64_t), const void *args, int64_t items, parallel_fn parallel,
+                     int threads) {
     job j = {work, 0, items, args};
     if (parallel && threads > 1 && items > 1) parallel(take_items, &j, threads, 0);
     else take_items(&j);

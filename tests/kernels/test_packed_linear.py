@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nanovllm.kernels.packed_linear import ROW_COUNTS, PackedLinear, pieces
 
+DTYPES = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
 quick = settings(max_examples=60, deadline=None)
 
 
@@ -47,7 +48,7 @@ def test_no_other_number_of_rows_is_ever_multiplied() -> None:
     assert linear.counts <= set(ROW_COUNTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner, outer", [(64, 48), (1536, 64), (576, 192)])
 @quick
 @given(rows=st.integers(1, 300), beside=st.integers(0, 300), before=st.integers(0, 40), seed=st.integers(0, 2**31))

@@ -8,19 +8,21 @@ those of the model's own logits, before any of it.
 Noise comes from a counter generator: one uniform per (seed, position), mixed by
 splitmix64 (Steele et al., 2014). A row's choice depends on its own logits, seed and
 position only, so it survives batching, preemption and hand-over. The token is found
-in vocabulary order on the cumulative distribution in float64: order by probability
-would let rounding swap two near-equal tokens.
+in vocabulary order on the cumulative distribution: order by probability would let
+rounding swap two near-equal tokens.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from nanovllm.engine.exec_batch import NO_TOKEN, ExecResult
 from nanovllm.engine.sampling_batch import SamplingBatch
 
+SPAN = 64  # tokens whose probabilities are summed together when the drawn one is looked for
 TOP_CANDIDATES = 1024  # top-p looks at this many tokens first and sorts the whole vocabulary only if it must
 MASK = float("-inf")
 
@@ -97,10 +99,32 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -
     temperature = torch.from_numpy(batch.temperature[rows]).to(logits.device)
     scaled = logits[torch.from_numpy(rows).to(logits.device)] / temperature[:, None]
     scaled = _filter(scaled, batch, rows)
-    cumulative = torch.softmax(scaled, dim=-1).double().cumsum(dim=-1)  # [rows, vocab]
     noise = torch.from_numpy(uniforms(batch.seeds[rows], batch.positions[rows])).to(logits.device)
-    target = noise[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return _invert(torch.softmax(scaled, dim=-1), noise)
+
+
+def _invert(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The token at which the cumulative distribution of each row of `probs` [rows, vocab] passes `noise` [rows].
+
+    First the span of tokens, then the token in it: only sums of spans and one span a row become float64.
+    """
+    if missing := -probs.shape[-1] % SPAN:
+        probs = F.pad(probs, (0, missing))
+    spans = probs.unflatten(-1, (-1, SPAN))  # [rows, spans, SPAN]
+    span, share = _pass(spans.sum(dim=-1), noise)
+    token, _ = _pass(spans[torch.arange(len(spans), device=probs.device), span], share)
+    return span * SPAN + token
+
+
+def _pass(weights: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column at which each row's running sum passes `noise` of its total, and how far into that column."""
+    cumulative = weights.double().cumsum(dim=-1)
+    total, target = cumulative[:, -1:].contiguous(), noise[:, None] * cumulative[:, -1:]
+    last = torch.searchsorted(cumulative, total)  # nothing of weight zero behind it, whatever rounding does
+    column = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
+    weight = weights.gather(-1, column).double()
+    share = (target - cumulative.gather(-1, column) + weight) / weight
+    return column.squeeze(-1), share.squeeze(-1).clamp(0, 1)
 
 
 def _filter(scaled: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:

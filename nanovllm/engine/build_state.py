@@ -21,6 +21,7 @@ from nanovllm.engine.device_state_tier import DeviceStateTier, engine_namespace
 from nanovllm.engine.device_tier import DeviceTier
 from nanovllm.engine.step_costs import StepCosts
 from nanovllm.engine.tiered_state import TieredState
+from nanovllm.errors import ConfigError
 from nanovllm.state.store import StateStore
 from nanovllm.state.tiers.tier import Tier
 
@@ -67,6 +68,12 @@ def layout_of(pool: torch.Tensor) -> str:
 def _remote(url: str | None) -> Tier | None:
     if url is None:
         return None
-    from nanovllm.state.tiers.remote import RemoteTier  # its client is needed by nobody else
-
+    try:
+        from nanovllm.state.tiers.remote import RemoteTier  # its client is needed by nobody else
+    except ImportError as error:
+        raise ConfigError(
+            "state_remote needs a Redis client, which is not installed.",
+            param="state_remote",
+            hint="pip install 'nano-vllm-hust[remote]'",
+        ) from error
     return RemoteTier(url)

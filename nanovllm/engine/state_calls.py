@@ -51,6 +51,7 @@ def call_of(call_id: int, verb: str, arguments: Mapping[str, Any]) -> StateCall:
     if verb not in RESULTS:
         raise InvalidRequestError(f"There is no call {verb!r:.60} on state.", param="verb", hint=", ".join(RESULTS))
     plain = {name: _plain(value) for name, value in arguments.items()}
+    _check_size(plain.get("bundle"), "bundle")
     if OBJECT in plain:
         plain[OBJECT] = encode(payload_of(arguments[OBJECT]), WIRE_BYTES)
     return StateCall(call_id, verb, plain)
@@ -107,7 +108,17 @@ def _apply(store: StateStore, verb: str, arguments: dict[str, Any]) -> Any:
     if verb == "drop":
         arguments.setdefault("wait", False)
     result = getattr(store, verb)(**arguments)
+    _check_size(result, "state_id")
     return encode(payload_of(result), WIRE_BYTES) if verb == "get" else result
+
+
+def _check_size(bundle: Any, param: str) -> None:
+    """Raise InvalidRequestError for a bundle that no frame would hold."""
+    if isinstance(bundle, bytes) and len(bundle) > WIRE_BYTES:
+        hint = "Export from the folder itself, while no engine has it."
+        raise InvalidRequestError(
+            f"The bundle has {len(bundle):,} bytes; at most {WIRE_BYTES:,} pass at once.", param=param, hint=hint
+        )
 
 
 def _plain(value: Any) -> Any:

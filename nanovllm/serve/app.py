@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.serve import health
+from nanovllm.serve import health, state_api
 from nanovllm.serve.admission import Admission
 from nanovllm.serve.chat import chat
 from nanovllm.serve.completions import completions
@@ -45,6 +45,7 @@ ROUTES = (
     Route("/openapi.json", openapi),
     Route(FEED_PATH, events),
     *PAGES,
+    *state_api.ROUTES,
 )
 
 

@@ -16,6 +16,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.serve.context import Services
 from nanovllm.serve.failures import BodyTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError
 
+JSON = "application/json"
 BYTES_PER_TOKEN = 3  # fewer than text has, so that an estimate is rarely too low
 
 
@@ -38,11 +39,12 @@ async def read_body(request: Request, services: Services) -> bytes:
     return b"".join(parts)
 
 
-def check_head(headers: Mapping[bytes, bytes], max_body_bytes: int) -> None:
-    """Refuse by its head a body that would not be read. Raises HttpError."""
+def check_head(headers: Mapping[bytes, bytes], max_body_bytes: int, wanted: str = JSON) -> None:
+    """Refuse by its head a body that would not be read, or is not of the `wanted` media type. Raises HttpError."""
     media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != b"application/json":
-        raise UnsupportedMediaTypeError("The body must be JSON.", hint="Send Content-Type: application/json.")
+    if media_type != wanted.encode():
+        what = "JSON" if wanted == JSON else wanted
+        raise UnsupportedMediaTypeError(f"The body must be {what}.", hint=f"Send Content-Type: {wanted}.")
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise UnsupportedMediaTypeError("A compressed body is not read.", hint="Leave Content-Encoding out.")
     if int(headers.get(b"content-length", b"0")) > max_body_bytes:

@@ -13,11 +13,11 @@ from functools import lru_cache
 import msgspec
 from starlette.responses import Response
 
-from nanovllm.errors import AuthenticationError, BusyError, DrainingError, NanoVLLMError
+from nanovllm.errors import AuthenticationError, BusyError, DrainingError, NanoVLLMError, StateRefusedError
 
 Headers = list[tuple[bytes, bytes]]
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_SHOWN_FROM_500 = (501, 503, 504)  # the others are internal: their text is for the log
+_SHOWN_FROM_500 = (501, 503, 504, 507)  # the others are internal: their text is for the log
 
 
 class HttpError(NanoVLLMError):
@@ -93,7 +93,10 @@ def body_of(error: BaseException, request_id: str) -> bytes:
     """The JSON body of the answer."""
     if isinstance(error, BusyError):  # the only failures that come in crowds
         return _busy_body(str(error), type_of(error.status), error.param, error.code)
-    return msgspec.json.encode(error_object(error, request_id))
+    shown: dict[str, object] = {**error_object(error, request_id)}
+    if isinstance(error, StateRefusedError) and error.receipt is not None:
+        shown["receipt"] = error.receipt
+    return msgspec.json.encode(shown)
 
 
 def headers_of(error: BaseException) -> Headers:

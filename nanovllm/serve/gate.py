@@ -2,9 +2,10 @@
 
 What it is: one pure ASGI middleware around the routes; `_enter` reads as the list of
 its steps. What it knows nothing about: what endpoints do. Invariants: nothing but the
-health paths and the dashboard's empty page answers without a key where there are keys;
-what is asked is decided on `scope["path"]` alone; no body is read before a slot was taken;
-a slot is given back whatever happens; every answer carries `x-request-id`, every failure has one shape.
+health paths and the dashboard's empty page answers without a key where there are keys; state is the
+admin's, and without any key this machine's; what is asked is decided on `scope["path"]` alone;
+no body is read before a slot was taken; a slot is given back whatever happens; every answer carries
+`x-request-id`, every failure has one shape.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from nanovllm.errors import AccessError, DrainingError, NanoVLLMError, UnhealthyError
-from nanovllm.serve.body import check_head, estimated_tokens
+from nanovllm.serve.body import JSON, check_head, estimated_tokens
 from nanovllm.serve.context import TICKET, Services, Tenant, Ticket
 from nanovllm.serve.dashboard.feed import FEED_PATH
 from nanovllm.serve.dashboard.pages import PAGE_PATHS
@@ -36,6 +37,7 @@ from nanovllm.serve.failures import (
     is_internal,
     status_of,
 )
+from nanovllm.serve.state_api import BINARY, IMPORT_PATH, STATE_PREFIX
 from nanovllm.serve.tenants import ANONYMOUS
 
 logger = logging.getLogger("nanovllm.serve")
@@ -90,7 +92,8 @@ class Gate:
         ticket.tenant = self._authenticate(scope["path"], headers)
         self._check_engine(scope)
         if self._takes_body(scope):
-            check_head(headers, self._services.limits.body_bytes)
+            wanted = BINARY if scope["path"] == IMPORT_PATH else JSON
+            check_head(headers, self._services.limits.body_bytes, wanted)
             self._admit(scope["path"], headers, ticket)
         scope[TICKET], scope["app"] = ticket, self._app
 
@@ -107,8 +110,11 @@ class Gate:
         tenant = tenants.authenticate(headers.get(b"authorization"))
         if path in ADMIN_PATHS and tenants.has_admin and not tenant.is_admin:
             raise AccessError("This needs the admin key.")
-        if path == FEED_PATH and tenants.has_keys and not tenant.is_admin:  # it tells of all tenants' requests
+        is_all_tenants = path == FEED_PATH or _is_of_state(path)
+        if is_all_tenants and tenants.has_keys and not tenant.is_admin:
             raise AccessError("This needs an admin key.", hint="Start the server with --admin-key KEY.")
+        if _is_of_state(path) and not tenants.has_keys and not self._services.config.is_loopback:
+            raise AccessError("State is not open to a network without keys.", hint="Set --admin-key KEY.")
         return tenant
 
     def _check_engine(self, scope: Scope) -> None:
@@ -125,7 +131,7 @@ class Gate:
             raise UnhealthyError("The engine has failed.", hint="Restart the server.")
 
     def _takes_body(self, scope: Scope) -> bool:
-        return scope["method"] == "POST" and scope["path"] in self._posts
+        return scope["method"] == "POST" and (scope["path"] in self._posts or _is_of_state(scope["path"]))
 
     def _admit(self, path: str, headers: Headers, ticket: Ticket) -> None:
         """Take a slot, by an estimate; only what generates waits for prefill."""
@@ -173,6 +179,11 @@ def _request_id(headers: Headers) -> str:
     """The client's id if it is harmless, else one of ours. It is for logs; the engine never hears it."""
     given = headers.get(b"x-request-id", b"")
     return given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _is_of_state(path: str) -> bool:
+    """Closed by what it begins with, so that a route added later is closed as well."""
+    return path.startswith(STATE_PREFIX) or path == STATE_PREFIX.rstrip("/")
 
 
 def _check_site(headers: Headers) -> None:

@@ -67,6 +67,10 @@ def free_of_cost(cached: int, new: int) -> float:
     return 0.0
 
 
+def _place_in_list(obj: StateObject) -> tuple[int, str]:
+    return obj.created_ms, obj.state_id
+
+
 class StateStore:
     """Named state over tiers, the fastest first. `warnings` says what was found amiss at the start."""
 
@@ -252,11 +256,23 @@ class StateStore:
         """What is known of an object and every decision that concerned it."""
         return self._audit.explain(self._own(state_id, namespace))
 
-    def ls(self, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
-        """The objects that a tenant may see, the oldest first; all of them for the operator."""
-        objects = sorted(self.plane.catalog.objects.values(), key=lambda obj: (obj.created_ms, obj.state_id))
+    def ls(
+        self,
+        namespace: str | None = None,
+        kind: str | None = None,
+        *,
+        name: str | None = None,
+        after: Sequence[Any] = (),
+        limit: int | None = None,
+    ) -> list[StateObject]:
+        """The objects that a tenant may see, the oldest first; all of them for the operator.
+
+        A page has `limit` of them, beginning behind `after`: the (created_ms, state_id) of the last one seen.
+        """
+        objects = sorted(self.plane.catalog.objects.values(), key=_place_in_list)
         seen = [o for o in objects if namespace is None or KIND_TABLE[o.kind].visible_to(o, namespace)]
-        return [obj for obj in seen if kind in (None, obj.kind)]
+        found = [obj for obj in seen if kind in (None, obj.kind) and name in (None, obj.name, obj.label)]
+        return [obj for obj in found if _place_in_list(obj) > tuple(after)][:limit]
 
     def top(self) -> dict[str, Any]:
         """Counters and bytes of each tier."""

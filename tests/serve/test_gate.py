@@ -15,6 +15,7 @@ from nanovllm.serve.app import ROUTES, build_app, build_services
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.dashboard.feed import FEED_PATH
 from nanovllm.serve.gate import OPEN_PATHS
+from nanovllm.serve.state_api import IMPORT_PATH, STATE_PREFIX
 from nanovllm.serve.tenants import Tenants, namespace_of
 from tests.serve.servers import CHAT, COMPLETIONS, LiveServer, assert_alive, split, until
 
@@ -48,6 +49,9 @@ def test_every_route_with_every_kind_of_key(server: Factory, method: str, path: 
         assert (answer.status, answer.code, answer.headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
     elif path == "/metrics" and who == "user":
         assert (answer.status, answer.code) == (403, "access_denied")
+    elif path.startswith(STATE_PREFIX):  # the admin's alone; what is asked for is not there, or {} is enough
+        admitted = (415,) if path == IMPORT_PATH else (404, 400) if "{state_id}" in path else (200, 400, 507)
+        assert answer.status in ((403,) if who == "user" else admitted), answer.body
     else:
         assert answer.status == (400 if method == "POST" else 200), answer.body
     assert "x-request-id" in answer.headers
@@ -68,7 +72,6 @@ def test_metrics_take_any_key_where_there_is_no_admin_key(server: Factory) -> No
         "/v1",
         "/health/",
         "/healthz",
-        "/state/blocks",
         "/docs",
         "//health",
         "//",
@@ -124,6 +127,14 @@ def ask_gate(host: bytes, path: str, **settings: Any) -> int:
 def test_no_host_header_opens_a_route(host: bytes) -> None:
     assert ask_gate(host, "/v1/models", api_key=("k",)) == 401
     assert ask_gate(host, "/health", api_key=("k",)) == 200
+
+
+@pytest.mark.parametrize("path", ["/state", "/state/", "/state/objects", "/state/later", "/state/objects/x/pin"])
+def test_state_is_closed_by_what_its_path_begins_with(path: str) -> None:
+    """To those who are not the admin, to a network where there are no keys, and where no route is."""
+    assert ask_gate(b"a", path, api_key=("k",)) == 401
+    assert ask_gate(b"a", path, insecure=True) == 403
+    assert ask_gate(b"a", path, admin_key="k") == 401
 
 
 @pytest.mark.parametrize("path", ["/health/../v1/models", "/health/ready/../../metrics", "/v1/models/", "/v1//models"])

@@ -16,6 +16,7 @@ from nanovllm.serve.dashboard.feed import FEED_PATH
 from nanovllm.serve.dashboard.pages import PAGE_PATHS
 from nanovllm.serve.decode import decode
 from nanovllm.serve.openapi import REFUSALS, document
+from nanovllm.serve.state_api import STATE_PREFIX
 from tests.serve.surface import HI, Live
 
 DOCUMENT = document()
@@ -33,7 +34,8 @@ def test_it_is_served(tiny: Live) -> None:
 
 def test_every_route_is_in_it() -> None:
     paths = {route.path.replace(":path", "") for route in ROUTES}
-    assert paths - set(DOCUMENT["paths"]) <= {"/openapi.json", "/metrics", FEED_PATH, *PAGE_PATHS}
+    operators = {"/openapi.json", "/metrics", FEED_PATH, *PAGE_PATHS} | {p for p in paths if p.startswith(STATE_PREFIX)}
+    assert paths - set(DOCUMENT["paths"]) <= operators
     assert set(DOCUMENT["paths"]) <= paths
 
 

@@ -291,4 +291,5 @@ class EngineLoop:
             decode_tokens=marks.num_decode_tokens,
             prefill_tokens_per_s=self._prefill_rate,
             events_dropped=self.engine.events.dropped,
+            state={} if self.engine.parts.state is None else self.engine.parts.state.facts(),
         )

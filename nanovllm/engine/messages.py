@@ -97,6 +97,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     decode_tokens: int = 0
     prefill_tokens_per_s: float = 0.0  # of recent steps; 0 until one prefilled
     events_dropped: int = 0
+    state: dict[str, int] = msgspec.field(default_factory=dict)  # `TieredState.facts`
 
 
 class Delta(msgspec.Struct, frozen=True):

@@ -49,3 +49,7 @@ COUNTERS: dict[str, str] = {
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
     "num_aborted_requests": "Requests that their client, or a deadline, ended.",
 }
+
+# the state plane's facts and how they are called as outcomes
+LOADS = {"loads": "ended", "loads_failed": "failed", "loads_refused": "refused", "loads_cancelled": "cancelled"}
+SPILLS = {"spilled_blocks": "written", "spills_dropped": "dropped"}

@@ -10,11 +10,11 @@ tenant or path ever is one.
 Names, types, labels and buckets are vLLM's, so `--metrics-prefix vllm` serves a dashboard
 made for vLLM. `cached_tokens_total` and `num_aborted_requests_total` are SGLang's names;
 `loop_lag_seconds`, `event_bus_dropped_total`, `http_requests_total` and the state counter
-(`live_requests`, `prefilling_requests`, `kv_blocks`, `kv_table_entries`, `kv_bytes`) are ours. Where we
+(`live_requests`, `prefilling_requests`, `kv_blocks`, `kv_table_entries`, `kv_bytes`, `state_*`) are ours. Where we
 differ: histograms of a request are observed at its end, and from its first sample; token
 histograms have the same buckets whatever the model's context, so servers can be added up.
-Not exported, for nothing measures it yet: how long blocks live (`kv_block_*`) and all that
-concerns state below the device (`state_*`, `tier_breaker_state`).
+Not exported, for nothing measures it yet: how long blocks live (`kv_block_*`), and bytes and
+failures of each tier (`tier_breaker_state`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from nanovllm.observe.instruments import Histogram, Monotone
-from nanovllm.observe.metric_names import COUNTERS, HISTOGRAMS, READ_FROM_ENGINE, REASONS, REJECTIONS
+from nanovllm.observe.metric_names import COUNTERS, HISTOGRAMS, LOADS, READ_FROM_ENGINE, REASONS, REJECTIONS, SPILLS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -53,6 +53,7 @@ class Reading:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     events_dropped: int = 0
+    state: Mapping[str, int] = field(default_factory=dict)  # `TieredState.facts`
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Ended:
     longest_answer: int = 0
     queried_tokens: int = 0  # looked for in the prefix cache
     cached_tokens: int = 0  # found
+    cached_by_tier: Mapping[str, int] = field(default_factory=dict)  # where they lay; empty: on the device
     queue_ns: int | None = None
     prefill_ns: int | None = None
     ttft_ns: int | None = None
@@ -87,6 +89,8 @@ class EngineMetrics(Collector):
         self._labels = {"model_name": model_name, "engine": "0"}
         self._histograms = {name: Histogram(bounds, unit) for name, (_, bounds, unit) in HISTOGRAMS.items()}
         self._totals = dict.fromkeys(COUNTERS, 0)
+        self._cached = Counter({"device": 0})
+        self._state_counts = {name: Monotone() for name in (*LOADS, *SPILLS)}
         self._sources = {name: Monotone() for name in (*READ_FROM_ENGINE, "steps", "decode_tokens")}
         self._observed_steps = self._observed_tokens = 0
         self._outcomes = Counter(dict.fromkeys(REASONS, 0))
@@ -114,6 +118,7 @@ class EngineMetrics(Collector):
         if request.queue_ns is not None:  # it was scheduled
             self._totals["prefix_cache_queries"] += request.queried_tokens
             self._totals["prefix_cache_hits"] += request.cached_tokens
+            self._cached.update(request.cached_by_tier or {"device": request.cached_tokens})
             self._observe("request_prompt_tokens", request.prompt_tokens)
             self._observe("request_generation_tokens", request.completion_tokens)
             self._observe("request_max_num_generation_tokens", request.longest_answer)
@@ -171,11 +176,17 @@ class EngineMetrics(Collector):
         rejected: dict[tuple[str, ...], int] = {(code,): count for code, count in counts.items()}
         outcomes: dict[tuple[str, ...], int] = {(reason,): count for reason, count in self._outcomes.items()}
         answers: dict[tuple[str, ...], int] = {(str(status),): count for status, count in self._answers.items()}
-        cached: dict[tuple[str, ...], int] = {("device",): self._totals["prefix_cache_hits"]}
+        cached: dict[tuple[str, ...], int] = {(tier,): tokens for tier, tokens in self._cached.items()}
         yield self._counter("request_success", "Requests that are over.", outcomes, "finished_reason")
         yield self._counter("admission_rejections", "Requests refused for lack of room.", rejected, "reason")
         yield self._counter("cached_tokens", "Prompt tokens found, by where they lay.", cached, "cache_source")
         yield self._counter("http_requests", "HTTP requests answered.", answers, "status")
+        for name, text, facts in (
+            ("state_loads", "Loads of KV from lower tiers.", LOADS),
+            ("state_blocks", "KV blocks on their way to lower tiers.", SPILLS),
+        ):
+            counts = {(outcome,): self._state_counts[fact].total for fact, outcome in facts.items()}
+            yield self._counter(name, text, counts, "outcome")
 
     def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> Metric:
         labels = {**self._labels, **(more or {})}
@@ -201,6 +212,8 @@ class EngineMetrics(Collector):
         """Move the counters that the engine keeps."""
         for name, source in self._sources.items():
             source.read(getattr(reading, name))
+        for fact, source in self._state_counts.items():
+            source.read(reading.state.get(fact, 0))
         for name, metric in READ_FROM_ENGINE.items():
             self._totals[metric] = self._sources[name].total
 

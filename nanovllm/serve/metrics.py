@@ -97,6 +97,7 @@ def _reading(stats: EngineStats, block_bytes: int = 0) -> Reading:
         prefill_tokens=stats.prefill_tokens,
         decode_tokens=stats.decode_tokens,
         events_dropped=stats.events_dropped,
+        state=stats.state,
     )
 
 
@@ -111,6 +112,7 @@ def _ended(finished: Finished, looks_up: bool) -> Ended:
         longest_answer=finished.longest_completion,
         queried_tokens=finished.prompt_tokens if looks_up else 0,
         cached_tokens=finished.cached_tokens,
+        cached_by_tier=finished.hit_tokens_by_tier,
         queue_ns=timings.t_queue_ns,
         prefill_ns=(timings.t_schedule_ns or 0) + (timings.t_prefill_ns or 0) if has_first else None,
         ttft_ns=timings.ttft_ns,

@@ -62,6 +62,8 @@ OTHERS = {
     "kv_blocks": ("gauge", {"state"}),
     "kv_bytes": ("gauge", {"kind"}),
     "http_requests_total": ("counter", {"status"}),
+    "state_loads_total": ("counter", {"outcome"}),
+    "state_blocks_total": ("counter", {"outcome"}),
 }
 BUCKETS = {  # vLLM's
     "time_to_first_token_seconds": "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0"

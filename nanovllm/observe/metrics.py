@@ -185,8 +185,8 @@ class EngineMetrics(Collector):
             ("state_loads", "Loads of KV from lower tiers.", LOADS),
             ("state_blocks", "KV blocks on their way to lower tiers.", SPILLS),
         ):
-            counts = {(outcome,): self._state_counts[fact].total for fact, outcome in facts.items()}
-            yield self._counter(name, text, counts, "outcome")
+            moved: dict[tuple[str, ...], int] = {(as_,): self._state_counts[fact].total for fact, as_ in facts.items()}
+            yield self._counter(name, text, moved, "outcome")
 
     def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> Metric:
         labels = {**self._labels, **(more or {})}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,9 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.errors import ConfigError, EngineClosedError, StateFolderError
+from tests.state.servers import needs_server, running_server
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
     "model": "tiny:random", "dtype": "float32", "block_size": 4, "num_blocks": 40, "max_model_len": 160,
     "check_invariants": True, "state_load": "always", "progress": False,
@@ -118,6 +123,42 @@ def test_another_model_on_the_folder_is_a_miss_and_keeps_the_texts(tmp_path: Pat
         assert any("another model" in warning for warning in other.state_store.warnings)
     with LLM(**TINY, state_dir=str(tmp_path)) as llm:
         assert llm.generate([PROMPT], GREEDY)[0].hit_tokens_by_tier == {"disk": 68}
+
+
+@needs_server
+def test_two_engines_share_a_server_and_outlive_it(cold: list[int], tmp_path: Path) -> None:
+    with running_server(tmp_path) as (url, server), LLM(**TINY, state_remote=url) as first:
+        assert first.generate([PROMPT], GREEDY)[0].token_ids == cold
+        settle(first)
+        with LLM(**TINY, state_remote=url) as second:
+            (shared,) = second.generate([PROMPT], GREEDY)
+            assert shared.token_ids == cold and shared.hit_tokens_by_tier == {"remote": 68}
+            forget_device(second)
+            server.kill()
+            server.wait()
+            for _ in range(3):
+                (alone,) = second.generate([PROMPT], GREEDY)
+                assert alone.token_ids == cold and alone.error is None
+                forget_device(second)
+
+
+KILLED = """
+import os, signal, sys
+from tests.engine.test_state_exact import GREEDY, PROMPT, TINY, settle
+from nanovllm import LLM
+llm = LLM(**TINY, state_dir=sys.argv[1])
+llm.generate([PROMPT], GREEDY)
+settle(llm)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_and_started_again_it_finds_what_was_written(cold: list[int], tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, timeout=120, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        (final,) = llm.generate([PROMPT], GREEDY)
+        assert final.token_ids == cold and final.hit_tokens_by_tier == {"disk": 68}
 
 
 def test_aborted_while_it_loads_from_disk(cold: list[int], tmp_path: Path) -> None:

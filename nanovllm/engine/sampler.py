@@ -122,6 +122,7 @@ def _pass(weights: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, tor
     total, target = cumulative[:, -1:].contiguous(), noise[:, None] * cumulative[:, -1:]
     last = torch.searchsorted(cumulative, total)  # nothing of weight zero behind it, whatever rounding does
     column = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
+    column = column.clamp(max=weights.shape[-1] - 1)  # a row without numbers passes nowhere, and must not raise for all
     weight = weights.gather(-1, column).double()
     share = (target - cumulative.gather(-1, column) + weight) / weight
     return column.squeeze(-1), share.squeeze(-1).clamp(0, 1)

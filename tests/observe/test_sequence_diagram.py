@@ -31,7 +31,7 @@ def test_control_is_handed_over_five_times(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     found = [message for message in messages(run, run.paths["r"]) if message.transfer]
     assert [message.transfer for message in found] == [1, 2, 3, 4, 5]
-    assert [message.text for message in found] == [*FIVE, "state released"]
+    assert [message.text for message in found] == [*FIVE, "release: state released, 3 blocks"]
     hands = [(message.source, message.target) for message in found]
     assert hands[0] == ("client", "queue") and hands[-1] == ("decode", "block_pool")
     timeline = run.paths["r"].timeline
@@ -49,6 +49,22 @@ def test_an_answer_of_one_token_never_decodes(tmp_path: Path) -> None:
     assert [(message.transfer, message.source) for message in found][2:] == [(4, "prefill"), (5, "prefill")]
 
 
+@pytest.mark.parametrize(("tokens", "extensions"), [(1, []), (5, [3]), (12, [3, 4, 5]), (40, [3, 12])])
+def test_the_blocks_of_its_life_are_the_pools(tmp_path: Path, tokens: int, extensions: list[int]) -> None:
+    """Creation, residency, extension, release: at each of them as many blocks as the pool itself has in use."""
+    run = run_of(tmp_path, tokens=tokens)
+    found = messages(run, run.paths["r"])
+    in_use = {step.start_ns: 64 - step.event.free_blocks for step in run.steps}
+    texts = [message.text for message in found]
+    assert "creation: allocate 2 blocks for 8 tokens" in texts and "residency: KV of 8 tokens in 2 blocks" in texts
+    grown = [m for m in found if m.text.startswith("extension: block")]
+    told = [(m.at_ns, int(m.text.split()[2].strip(","))) for m in grown]
+    assert [blocks for _, blocks in told] == extensions
+    assert all(in_use[at_ns] == blocks for at_ns, blocks in told)
+    assert ("extension: 8 times more, to 11 blocks" in texts) == (tokens == 40)
+    assert found[-1].text == f"release: state released, {max([*in_use.values()])} blocks"
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_both_forms_draw_the_same_messages(tmp_path: Path, lang: Any) -> None:
     run = run_of(tmp_path)
@@ -62,7 +78,7 @@ def test_both_forms_draw_the_same_messages(tmp_path: Path, lang: Any) -> None:
     drawn = [node.text for node in picture.iter(SVG + "text")]
     assert all(message.text in drawn for message in wanted)
     assert [node.text for node in picture.iter(SVG + "text") if node.get("class") == "w"] == list("12345")
-    assert len(wanted) == 8 and {name for m in wanted for name in (m.source, m.target)} == set(PARTICIPANTS)
+    assert len(wanted) == 11 and {name for m in wanted for name in (m.source, m.target)} == set(PARTICIPANTS)
 
 
 def test_every_text_lies_inside_the_picture(tmp_path: Path) -> None:
@@ -80,7 +96,15 @@ def test_a_preempted_request_goes_back_to_the_queue(tmp_path: Path) -> None:
     found = messages(run, run.paths["r1"])
     assert [message.transfer for message in found if message.transfer] == [1, 2, 3, 4, 5]
     texts = [message.text for message in found]
-    assert texts.index(PROSE["preempted"][0]) < texts.index(PROSE["readmitted"][0])
+    taken = texts.index("release: preempted, 11 blocks; tokens kept")
+    assert texts[taken - 1] == "extension: block 11, for token 41"
+    again = texts[taken + 1 :]
+    assert again[:2] == [PROSE["readmitted"][0], "creation: allocate 12 blocks for 45 tokens"]
+    assert again[3:5] == [
+        "residency: KV of 45 tokens in 12 blocks",
+        "residency: 33 steps read 44 to 76 tokens' KV, add 1 each",
+    ]
+    assert again[-1] == "release: state released, 20 blocks"
 
 
 def test_an_aborted_request_ends_without_an_answer(tmp_path: Path) -> None:
@@ -96,7 +120,7 @@ def test_an_aborted_request_ends_without_an_answer(tmp_path: Path) -> None:
     bench.engine.step = aborting  # type: ignore[method-assign]
     run = replay(recorded(bench, [(0, request(0, 8, 50)), (40 * MS, request(1, 4, 2))], tmp_path))
     texts = [(message.transfer, message.text) for message in messages(run, run.paths["r0"])]
-    assert (0, "ended: aborted") in texts and (5, "state released") in texts
+    assert (0, "ended: aborted") in texts and (5, "release: state released, 3 blocks") in texts
     assert 4 not in [transfer for transfer, _ in texts]
 
 
@@ -107,5 +131,5 @@ def test_a_hostile_name_is_text(tmp_path: Path, name: str) -> None:
     tags = {node.tag.removeprefix(SVG) for node in picture.iter()}
     assert tags == {"svg", "style", "defs", "marker", "path", "rect", "text", "line", "circle"}
     text = mermaid(run, run.paths[name])
-    assert len(text.splitlines()) == 2 + len(PARTICIPANTS) + 8
+    assert len(text.splitlines()) == 2 + len(PARTICIPANTS) + 11
     assert all(character.isprintable() and character not in ";#" for line in text.splitlines() for character in line)

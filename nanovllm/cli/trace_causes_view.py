@@ -25,7 +25,7 @@ def print_comparison(found: Mapping[str, Any], lang: Lang) -> None:
     for name, command in zip("AB", found["commands"], strict=True):
         console.print(f"[bold]{name}[/] {safe(command)}")
     for name, (a, b) in found["differs"].items():
-        console.print(f"[bold]{name:<24}[/]{safe(f'{a}  |  {b}')}")
+        console.print(f"[bold]{name:<24}[/] {safe(f'{a}  |  {b}')}")
     first, second = (f"{name} ({label})" for name, label in zip("AB", found["labels"], strict=True))
     rows = [
         [name, *(number(row[part]) for part in ("first", "second", "ratio"))] for name, row in found["figures"].items()
@@ -74,7 +74,8 @@ def _print_cause(console: Console, cause: Mapping[str, Any], label: str, lang: L
         names = ", ".join(f"{row['request']} ({row['time_ns'] / 1e6:,.2f} ms)" for row in cause["behind"])
         console.print(f"      {safe(say(lang, 'behind', names=names))}")
     for row in cause["evidence"]:
-        kept = {key: value for key, value in row["told"].items() if key not in NOT_TOLD and value not in ("", None)}
+        hidden = NOT_TOLD if row["told"].get("need_blocks") else (*NOT_TOLD, "need_blocks", "headroom")
+        kept = {key: value for key, value in row["told"].items() if key not in hidden and value not in ("", None)}
         told = ", ".join(f"{key} {value}" for key, value in kept.items())
         text = say(lang, "evidence", record=row["record"], ms=f"{row['explains_ns'] / 1e6:,.2f}", told=told)
         console.print(f"      {safe(text)}")

@@ -21,6 +21,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from nanovllm.core.events import WaitEvent
+from nanovllm.observe.bursts import Bursts
+from nanovllm.observe.demand import ROOM, Demand
 from nanovllm.observe.pace import Pace
 from nanovllm.observe.paths import Replay, RequestPath, Span, Step
 
@@ -50,7 +52,6 @@ CLASSES = MappingProxyType(
 )
 WORK = "work"
 EMPTY_SLOTS = 0.5  # of the slots of held blocks: from here on blocks are short because they are badly filled
-BURST_ARRIVALS, BURST_SHARE, BURST_HEAD = 4, 0.5, 0.1  # half of the arrivals within the first tenth of a busy period
 _BY_REASON = MappingProxyType(
     {
         "blocks": "blocks_exhausted",
@@ -64,13 +65,17 @@ _BY_REASON = MappingProxyType(
 
 
 class Piece(NamedTuple):
-    """[start_ns, end_ns) of a life, spent on `cause`; `behind`: whose doing it was; `seq`: the record that tells it."""
+    """[start_ns, end_ns) of a life, spent on `cause`; `behind`: whose doing it was; `seq`: the record that tells it.
+
+    `beside` is another cause without which this one had not been: each has half of what they caused together.
+    """
 
     start_ns: int
     end_ns: int
     cause: str
     behind: tuple[str, ...]
     seq: int
+    beside: str = ""
 
 
 class Told(NamedTuple):
@@ -93,7 +98,7 @@ class Attribution:
         self.own = [t for t in told if t.event.reason in ("producer", "preempted")]
         self.step_starts = [step.start_ns for step in self.run.steps]
         self.pace = Pace(self.run.steps)
-        self.busy = _busy_periods(self.run)
+        self.bursts, self.demand = Bursts(self.run), Demand(self.run)
         self._holders: dict[int, dict[str, int]] = {}
         self.pieces = {name: list(self._life(path)) for name, path in self.run.paths.items()}
 
@@ -108,7 +113,7 @@ class Attribution:
         if at_ns not in self._holders:
             size = self.run.recording.header.block_size
             held = [p for p in self.run.paths.values() if any(s.start_ns <= at_ns < s.end_ns for s in p.holds)]
-            self._holders[at_ns] = {path.name: -(-_tokens(path, at_ns) // size) for path in held}
+            self._holders[at_ns] = {path.name: -(-path.known_tokens(at_ns) // size) for path in held}
         return self._holders[at_ns]
 
     # -- a life --------------------------------------------------------------------------------------
@@ -143,15 +148,26 @@ class Attribution:
         before = [t for t in self.heads if t.at_ns <= wait.start_ns and self._still_waits(t, wait.start_ns)][-1:]
         inside = [t for t in self.heads if wait.start_ns < t.at_ns < wait.end_ns]
         follows = [t for t in self.own if t.head == path.name and wait.start_ns <= t.at_ns < wait.end_ns]
-        told = sorted([*before, *inside, *follows], key=lambda t: t.event.seq)
+        told = {t.event.seq: t for t in sorted([*before, *inside, *follows], key=lambda t: t.event.seq)}
         at_ns = wait.start_ns
         cause, behind, seq = "not_told", tuple[str, ...](), wait.seq
-        for refusal in told:
+        for refusal, binding in zip(told.values(), self.demand.binding([t.event for t in told.values()], wait)):
             until_ns = max(at_ns, refusal.at_ns)
-            yield from _gap(at_ns, until_ns, cause, seq, behind)
-            at_ns, seq = until_ns, refusal.event.seq
-            cause, behind = self._cause(path, refusal, wait)
-        yield from _gap(at_ns, wait.end_ns, cause, seq, behind)
+            yield from self._waited(at_ns, until_ns, cause, seq, behind, wait)
+            at_ns, seq = until_ns, binding.seq
+            cause, behind = self._cause(path, told[seq], wait)
+        yield from self._waited(at_ns, wait.end_ns, cause, seq, behind, wait)
+
+    def _waited(
+        self, start_ns: int, end_ns: int, cause: str, seq: int, behind: tuple[str, ...], wait: Span
+    ) -> Iterator[Piece]:
+        """A part of a wait: whole, or half of it to the limit and half to the burst that met it."""
+        if cause not in ("batch_cap", "token_budget", "admission_cap") or wait not in self.bursts:
+            yield from _gap(start_ns, end_ns, cause, seq, behind)
+            return
+        middle_ns = (start_ns + end_ns) // 2
+        yield from (p._replace(beside="arrival_burst") for p in _gap(start_ns, middle_ns, cause, seq, behind))
+        yield from (p._replace(beside=cause) for p in _gap(middle_ns, end_ns, "arrival_burst", seq))
 
     def _still_waits(self, told: Told, at_ns: int) -> bool:
         path = self.run.paths.get(told.head)
@@ -166,11 +182,9 @@ class Attribution:
         if overtook:
             return "policy", overtook
         own_blocks = -(-path.prompt_len // self.run.recording.header.block_size)
-        if told.head != path.name and event.need_blocks and own_blocks + event.headroom <= event.free_blocks:
+        if told.head != path.name and event.reason in ROOM and own_blocks + event.headroom <= event.free_blocks:
             return "head_of_line", (told.head,)
         cause = _BY_REASON[event.reason]
-        if cause in ("batch_cap", "token_budget") and self._is_burst(wait):
-            return "arrival_burst", ()
         if cause in ("blocks_exhausted", "reservation") and self._is_fragmented(told):
             cause = "fragmentation"
         return cause, _largest(self.holders(told.at_ns), path.name)
@@ -183,23 +197,12 @@ class Attribution:
         later = (p for p in self.run.paths.values() if p.timeline.arrival_ns > arrival_ns)
         return tuple(p.name for p in later if any(s.start_ns < wait.end_ns and s.end_ns > at_ns for s in p.holds))[:3]
 
-    def _is_burst(self, wait: Span) -> bool:
-        """Whether most of the requests of this busy period came at its beginning."""
-        period = next((p for p in self.busy if p[0] <= wait.start_ns < p[1]), None)
-        if period is None:
-            return False
-        start_ns, end_ns = period
-        queued = [p.timeline.queued_ns for p in self.run.paths.values() if p.timeline.queued_ns is not None]
-        came = [t for t in queued if start_ns <= t < end_ns]
-        at_once = [t for t in came if t <= start_ns + (end_ns - start_ns) * BURST_HEAD]
-        return len(came) >= BURST_ARRIVALS and len(at_once) >= len(came) * BURST_SHARE
-
     def _is_fragmented(self, told: Told) -> bool:
         """Whether at least half of the held slots are empty, and the head would fit if held blocks were full."""
         header, head = self.run.recording.header, self.run.paths[told.head]
-        tokens = sum(_tokens(self.run.paths[name], told.at_ns) for name in self.holders(told.at_ns))
+        tokens = sum(self.run.paths[name].known_tokens(told.at_ns) for name in self.holders(told.at_ns))
         slots = (header.num_blocks - told.event.free_blocks) * header.block_size
-        wanted = _tokens(head, told.at_ns) + told.event.headroom * header.block_size
+        wanted = head.known_tokens(told.at_ns) + told.event.headroom * header.block_size
         fits = tokens + wanted <= header.num_blocks * header.block_size
         return fits and slots > 0 and tokens <= slots * (1 - EMPTY_SLOTS)
 
@@ -252,11 +255,6 @@ def _gap(start_ns: int, end_ns: int, cause: str, seq: int, behind: tuple[str, ..
         yield Piece(start_ns, end_ns, cause, behind, seq)
 
 
-def _tokens(path: RequestPath, at_ns: int) -> int:
-    """Known tokens of a path at a moment."""
-    return path.prompt_len + bisect_right(path.timeline.token_ns, at_ns)
-
-
 def _prefillers(step: Step, name: str) -> tuple[str, ...]:
     """Who else computes prompt tokens in a step, most tokens first."""
     found = sorted(
@@ -268,15 +266,3 @@ def _prefillers(step: Step, name: str) -> tuple[str, ...]:
 def _largest(holders: dict[str, int], name: str) -> tuple[str, ...]:
     ranked = sorted((other for other in holders if other != name), key=lambda other: -holders[other])
     return tuple(ranked[:3])
-
-
-def _busy_periods(run: Replay) -> list[tuple[int, int]]:
-    """Stretches of time in which somebody waits in the queue for the first time."""
-    waits = sorted((w.start_ns, w.end_ns) for p in run.paths.values() for w in p.waits if w.stage == "queued")
-    found: list[tuple[int, int]] = []
-    for start_ns, end_ns in waits:
-        if found and start_ns <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end_ns))
-        else:
-            found.append((start_ns, end_ns))
-    return found

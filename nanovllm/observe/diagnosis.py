@@ -7,7 +7,8 @@ two causes are of one size both are named; each evidence row carries its record'
 
 The verdict is one rule. A delay counts from DELAY_SHARE of the time on; a request's own prefill, which it cannot
 do without, and a decode slower than the run's fastest from OWN_SHARE on. The largest that counts is dominant
-unless another that counts has at least MIXTURE of its time: then it is a mixture of these.
+unless another that counts has at least MIXTURE of its time: then it is a mixture of these. Two causes that one wait
+needed both share its time, and are judged by all of it.
 """
 
 from __future__ import annotations
@@ -61,12 +62,18 @@ def named(found: dict[str, Any]) -> list[str]:
 
 def _judge(attribution: Attribution, names: list[str], window: tuple[int, int]) -> dict[str, Any]:
     pieces = [piece for name in names for piece in _clipped(attribution.pieces[name], window)]
-    times = Counter[str]()
+    times, weights = Counter[str](), Counter[str]()
     for piece in pieces:
         times[piece.cause] += piece.end_ns - piece.start_ns
+        for cause in filter(None, (piece.cause, piece.beside)):
+            weights[cause] += piece.end_ns - piece.start_ns
     total_ns = sum(times.values())
     ranked = [(cause, ns) for cause, ns in times.most_common() if cause != WORK]
-    count = [(cause, ns) for cause, ns in ranked if ns >= total_ns * (OWN_SHARE if cause in OWN else DELAY_SHARE)]
+    count = [
+        (cause, ns)
+        for cause, ns in weights.most_common()
+        if cause in dict(ranked) and ns >= total_ns * (OWN_SHARE if cause in OWN else DELAY_SHARE)
+    ]
     largest_ns = count[0][1] if count else 0
     chosen = [cause for cause, ns in count if ns >= largest_ns * MIXTURE]
     return {

@@ -9,6 +9,7 @@ what the recording does not tell stays None; a request id that comes again is a 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -82,6 +83,10 @@ class RequestPath:
     def event(self, stage: str) -> RequestEvent | None:
         """The first event of a stage."""
         return next((event for event in self.events if event.stage == stage), None)
+
+    def known_tokens(self, at_ns: int) -> int:
+        """Its prompt's tokens and those sampled up to a moment."""
+        return self.prompt_len + bisect_right(self.timeline.token_ns, at_ns)
 
     @property
     def cached_tokens(self) -> int:

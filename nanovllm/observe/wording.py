@@ -50,8 +50,8 @@ _PROSE = {
     "cause_intake": ("validation, template and tokenizer", "校验、模板与分词"),
     "cause_batch_cap": ("the batch cap max_num_seqs is reached", "达到批大小上限 max_num_seqs"),
     "cause_arrival_burst": (
-        "most of the busy period's requests came at its beginning",
-        "忙期的大部分请求在开头同时到达",
+        "most of a busy period's requests came at its beginning; evenly spread over the run, the limits would keep up",
+        "忙期的大部分请求在开头同时到达；若在整次运行中均匀到达，现有上限足以应付",
     ),
     "cause_token_budget": (
         "the step's token budget max_num_batched_tokens is used up",
@@ -101,8 +101,8 @@ _PROSE = {
         "提高 --max-num-seqs：若 T_queue 不变，则上限不是原因。",
     ),
     "refute_arrival_burst": (
-        "Send the same requests evenly spread: if T_queue stays, the burst was not the cause.",
-        "把同样的请求均匀发送：若 T_queue 不变，则突发到达不是原因。",
+        "Send the same requests evenly spread over the run: if T_queue stays, the burst was not the cause.",
+        "把同样的请求在整次运行中均匀发送：若 T_queue 不变，则突发到达不是原因。",
     ),
     "refute_token_budget": (
         "Raise --max-num-batched-tokens: if the wait stays, the budget was not the cause.",

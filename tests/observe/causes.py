@@ -104,7 +104,7 @@ ONE_CAUSE: dict[str, Built] = {
     "healthy": Built(ALONE, ()),
     "healthy_together": Built(every(20, 8, 8, 40), ()),
     "batch_cap": Built(every(30, 10, 8, 40), ("batch_cap",), {"max_num_seqs": 1}),
-    "arrival_burst": Built(every(0, 24, 8, 20), ("arrival_burst",), {"max_num_seqs": 2}),
+    "all_at_once": Built(every(0, 24, 8, 20), ("batch_cap",), {"max_num_seqs": 2}),  # no rate to keep up with
     "token_budget": Built(every(20, 12, 120, 2), ("token_budget",), {"max_num_batched_tokens": 16}),
     "admission_cap": Built(every(3, 12, 60, 2), ("admission_cap",), {"max_new_requests_per_step": 1}),
     "policy_knob": Built(
@@ -123,6 +123,9 @@ ONE_CAUSE: dict[str, Built] = {
     "fragmentation": Built(every(10, 16, 4, 30), ("fragmentation",), {"num_blocks": 4, "block_size": 128}),
     "reservation": Built(every(5, 10, 20, 40), ("reservation",), {"num_blocks": 64, "watermark_blocks": 44}),
     "preemption": Built(every(0, 2, 8, 70), ("preemption",), {"num_blocks": 22}, request="r1", behind="r0"),
+    "admission_cap_before_the_wall": Built(  # blocks are short for those behind it
+        every(0, 10, 60, 2), ("admission_cap",), {"max_new_requests_per_step": 1, "num_blocks": 72}, request="r3"
+    ),
     "prefill": Built(every(300, 4, 400, 4), ("prefill",)),
     "prefill_of_others": Built(
         [(0, request(0, 8, 40)), *every(30, 12, 200, 2, first=1, at_ms=3)], ("prefill_of_others",), request="r0"
@@ -150,6 +153,11 @@ ONE_CAUSE: dict[str, Built] = {
 }
 
 TWO_CAUSES: dict[str, Built] = {
+    "burst_and_cap": Built(
+        [*every(0, 24, 8, 20), *every(0, 24, 8, 20, first=30, at_ms=8000)],
+        ("batch_cap", "arrival_burst"),
+        {"max_num_seqs": 2},
+    ),
     "cap_and_prefill": Built(every(65, 6, 300, 10), ("prefill", "batch_cap"), {"max_num_seqs": 1}),
     "blocks_and_hand_over": Built(
         every(200, 4, 60, 12), ("output", "blocks_exhausted"), {"num_blocks": 20}, arrange=slow_hand_over

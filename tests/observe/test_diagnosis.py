@@ -18,6 +18,7 @@ from nanovllm.observe.diagnosis import DOMINANT, HEALTHY, MIXED, diagnose
 from nanovllm.observe.paths import replay
 from nanovllm.observe.recording import read_recording
 from nanovllm.observe.records import to_record
+from nanovllm.observe.run_summary import summary
 from nanovllm.observe.wording import PROSE
 from tests.engine.helpers import make_bench
 from tests.observe.causes import ALONE, MS, ONE_CAUSE, TWO_CAUSES, every, request
@@ -46,8 +47,23 @@ def test_a_built_cause_is_named_with_its_evidence(name: str, tmp_path: Path) -> 
         assert built.behind in [culprit["request"] for culprit in found["causes"][0]["behind"]]
 
 
+@pytest.mark.parametrize(
+    "cap", [("max_new_requests_per_step", 1), ("max_num_batched_tokens", 128), ("max_num_seqs", 3)]
+)
+def test_a_cap_whose_lifting_changes_no_wait_is_not_the_cause(cap: tuple[str, int], tmp_path: Path) -> None:
+    """The refutation, carried out: the queue waits as long without the cap, so blocks are named with it and without."""
+    waits = []
+    for number, knobs in enumerate((dict([cap]), {})):
+        bench = make_bench(simulated=True, vocab_size=256, num_blocks=112, block_size=16, **knobs)
+        record(bench, every(0, 12, 512, 200), tmp_path / f"{number}.jsonl")
+        run = replay(read_recording(tmp_path / f"{number}.jsonl"))
+        assert named(diagnose(run)) == ["blocks_exhausted"]
+        waits.append(summary(run)["latency_ms"]["queue"]["p50"])
+    assert waits[0] == pytest.approx(waits[1], rel=0.01) and waits[1] > 1000
+
+
 def test_every_cause_is_built_once_and_can_be_told() -> None:
-    built = {cause for workload in ONE_CAUSE.values() for cause in workload.causes}
+    built = {cause for workload in (ONE_CAUSE | TWO_CAUSES).values() for cause in workload.causes}
     assert set(CLASSES) - built == {"not_told"}
     for cause in CLASSES:
         assert f"cause_{cause}" in PROSE and f"refute_{cause}" in PROSE
@@ -94,13 +110,13 @@ def test_a_wait_that_no_record_explains_is_not_explained(tmp_path: Path) -> None
 
 def test_a_window_is_judged_by_itself(tmp_path: Path) -> None:
     """Healthy first, a burst later: the whole run's mean hides neither."""
-    built = ONE_CAUSE["arrival_burst"]
-    late = [(at + 2000 * MS, {**one, "request_id": f"late{i}"}) for i, (at, one) in enumerate(built.arrivals)]
+    built = ONE_CAUSE["all_at_once"]
+    late = [(at + 8000 * MS, {**one, "request_id": f"late{i}"}) for i, (at, one) in enumerate(built.arrivals)]
     bench = make_bench(simulated=True, vocab_size=256, num_blocks=512, **built.knobs)
     record(bench, [*ALONE, *late], tmp_path / "run.jsonl")
     run = replay(read_recording(tmp_path / "run.jsonl"))
-    assert diagnose(run, to_ns=1900 * MS)["verdict"] == HEALTHY
-    assert named(diagnose(run, from_ns=1900 * MS)) == ["arrival_burst"]
+    assert diagnose(run, to_ns=7900 * MS)["verdict"] == HEALTHY
+    assert set(named(diagnose(run, from_ns=7900 * MS))) == {"arrival_burst", "batch_cap"}
 
 
 def test_a_slow_request_in_a_healthy_run_is_an_outlier(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ EXAMPLES = """Examples:
   nanovllm serve tiny:random --engine-process --shutdown-timeout 10
 
 Every flag has a variable: --max-queued-requests is NANOVLLM_MAX_QUEUED_REQUESTS. In a --config file the \
-server's settings are in the table [server], its limits in [server.limits].
+server's settings are in the table \\[server], its limits in \\[server.limits].
 
 SIGTERM or Ctrl-C: new requests are refused, running ones end; a second one stops at once.
 """

@@ -45,6 +45,7 @@ logger = logging.getLogger("nanovllm")
 State = Literal["loading", "ready", "draining", "unhealthy", "dead"]
 CLOSE_S = 10.0
 MAX_RESTARTS, RESTART_S = 5, 1.0  # of a child process; each waits twice as long as the one before
+STEADY_S = 300.0  # a child that lived so long ended for a reason of its own: the count begins anew
 
 
 class AsyncEngine:
@@ -70,6 +71,7 @@ class AsyncEngine:
         self._heard_s = time.monotonic()
         self._watch_s = 0.0
         self._restarts = 0
+        self._ready_s = 0.0  # when the engine was ready, the last time
         self._restarting: asyncio.Task[None] | None = None
         self._is_closing = False
 
@@ -215,7 +217,7 @@ class AsyncEngine:
             self.stats = message.stats
             self._deliver(message)
         elif isinstance(message, Ready):
-            self.info = message.info
+            self.info, self._ready_s = message.info, time.monotonic()
             self.state = "ready" if self.state == "loading" else self.state
             self._settle(None)
             if self._watch_s:
@@ -261,6 +263,8 @@ class AsyncEngine:
         if self._is_closing or self._settle(error):
             return
         self._fail_all(error)
+        if time.monotonic() - self._ready_s > STEADY_S:
+            self._restarts = 0
         if self.link.can_restart and self._restarts < MAX_RESTARTS and self.state != "draining":
             self.state = "loading"
             self._restarting = asyncio.get_running_loop().create_task(self._restart())

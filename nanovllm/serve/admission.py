@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from nanovllm.errors import BusyError, RateLimitError
+from nanovllm.errors import BusyError, InvalidRequestError, RateLimitError
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.context import Tenant
 
@@ -30,7 +30,10 @@ class Slot:
         self.is_held = self.is_queued = True
 
     def revise(self, tokens: int, count: int) -> None:
-        """What was estimated is known: prompt tokens, and sequences. Raises BusyError, RateLimitError."""
+        """What was estimated is known: prompt tokens, and sequences.
+
+        Raises BusyError, RateLimitError, InvalidRequestError for more sequences than its tenant may ever have.
+        """
         if self.is_held:
             self._ledger.revise(self, tokens, count)
 
@@ -68,6 +71,11 @@ class Admission:
 
     def revise(self, slot: Slot, tokens: int, count: int) -> None:
         """Make `slot` as large as it turned out to be; where that does not fit it stays as it was, and raises."""
+        if slot.tenant.name and count > self._config.max_tenant_requests:  # waiting would not help
+            raise InvalidRequestError(
+                f"prompts x n makes {count} answers; a key may have {self._config.max_tenant_requests} in flight.",
+                param="n",
+            )
         more_count, more_tokens = count - slot.count, tokens - slot.tokens
         if more_count > 0 or (more_tokens > 0 and slot.is_queued):
             others = (self.queued_requests - slot.count, self.queued_tokens - slot.tokens)

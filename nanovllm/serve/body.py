@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.serve.context import Services
-from nanovllm.serve.failures import BodyTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError
+from nanovllm.serve.failures import BadFramingError, BodyTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError
 
 JSON = "application/json"
 BYTES_PER_TOKEN = 3  # fewer than text has, so that an estimate is rarely too low
@@ -47,6 +47,8 @@ def check_head(headers: Mapping[bytes, bytes], max_body_bytes: int, wanted: str 
         raise UnsupportedMediaTypeError(f"The body must be {what}.", hint=f"Send Content-Type: {wanted}.")
     if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise UnsupportedMediaTypeError("A compressed body is not read.", hint="Leave Content-Encoding out.")
+    if b"content-length" in headers and b"transfer-encoding" in headers:  # two readers could disagree on its end
+        raise BadFramingError("Content-Length and Transfer-Encoding exclude each other.")
     if int(headers.get(b"content-length", b"0")) > max_body_bytes:
         raise _too_large(max_body_bytes)
 

@@ -13,7 +13,14 @@ from functools import lru_cache
 import msgspec
 from starlette.responses import Response
 
-from nanovllm.errors import AuthenticationError, BusyError, DrainingError, NanoVLLMError, StateRefusedError
+from nanovllm.errors import (
+    AuthenticationError,
+    BusyError,
+    DrainingError,
+    NanoVLLMError,
+    StateRefusedError,
+    UnhealthyError,
+)
 
 Headers = list[tuple[bytes, bytes]]
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -48,6 +55,10 @@ class BodyTimeoutError(HttpError):
     status, code = 408, "body_timeout"
 
 
+class BadFramingError(HttpError):
+    """Where the body ends cannot be told for certain; the connection is closed (RFC 9112, section 6.3)."""
+
+
 class PayloadTooLargeError(HttpError):
     """The body is larger than the limit."""
 
@@ -64,6 +75,12 @@ class LoadingError(DrainingError):
     """The model is not loaded yet."""
 
     code = "loading"
+
+
+class RestartingError(DrainingError):
+    """The engine's process has ended, and another one is starting."""
+
+    code = UnhealthyError.code
 
 
 def error_object(error: BaseException, request_id: str) -> dict[str, dict[str, str | None]]:
@@ -108,7 +125,7 @@ def headers_of(error: BaseException) -> Headers:
         headers.append((b"www-authenticate", b"Bearer"))
     if isinstance(error, MethodNotAllowedError) and error.allow:
         headers.append((b"allow", error.allow.encode("latin-1")))
-    if isinstance(error, BodyTimeoutError):
+    if isinstance(error, BodyTimeoutError | BadFramingError):
         headers.append((b"connection", b"close"))
     return headers
 

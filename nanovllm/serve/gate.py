@@ -32,6 +32,7 @@ from nanovllm.serve.failures import (
     LoadingError,
     MethodNotAllowedError,
     NotFoundError,
+    RestartingError,
     body_of,
     headers_of,
     is_internal,
@@ -123,6 +124,8 @@ class Gate:
         if state == "ready" or scope["path"] in ENGINELESS_PATHS:
             return
         retry_after_s = self._services.admission.retry_after_s()
+        if state == "loading" and self._services.is_loaded:
+            raise RestartingError("The engine has ended and is started again.", retry_after_s=retry_after_s)
         if state == "loading":
             raise LoadingError("The model is loading.", retry_after_s=retry_after_s)
         if self._takes_body(scope):

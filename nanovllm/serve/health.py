@@ -19,9 +19,11 @@ RETRY_S = 1
 
 
 async def health(request: Request) -> Response:
-    """200 while the engine's loop turns, or its model loads; 503 where only a restart helps."""
+    """200 while the engine's loop turns, or loads for the first time; 503 where it is gone or fails."""
     services: Services = request.app.state.services
     state = services.state
+    if state == "loading" and services.is_loaded:
+        return _answer(503, "restarting")
     if state == "loading":
         return _answer(200, "loading")
     if state in ("unhealthy", "dead"):

@@ -20,7 +20,7 @@ from nanovllm.serve.context import Tenant
 
 ANONYMOUS = Tenant("", "")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_KEY = re.compile(r"[!-~]{1,512}")  # what a header can carry: printable ASCII without blanks
+_KEY = re.compile(r"[!-+\--~]{1,512}")  # what a header can carry, but for the comma: it stands between keys
 
 
 class Tenants:
@@ -63,7 +63,11 @@ class Tenants:
 
     def _add(self, name: str, key: str, is_shared: bool, *, is_admin: bool) -> None:
         if not _KEY.fullmatch(key):
-            raise ConfigError(f"The key of {name} must be printable ASCII without blanks.", param="api_key")
+            raise ConfigError(
+                f"The key of {name} must be printable ASCII without blanks and commas.",
+                param="api_key",
+                hint="Give several keys by repeating --api-key, or with commas in NANOVLLM_API_KEY.",
+            )
         digest = hashlib.sha256(key.encode()).digest()
         for known, tenant in self._by_digest:
             if known == digest or tenant.name == name:

@@ -60,6 +60,8 @@ ENGINE = {
     "--time-blocks",
     "--watermark",
 }
+STATE = {"--state-dir", "--url", "--api-key", "--json", "--help"}
+OWN = {"--name", "--version", "--namespace", "--ttl"}
 SNAPSHOT = {
     "run": {"--system", "--raw", "--timeline", "--json", "--help"} | OUTPUT | SAMPLING | ENGINE,
     "chat": {"--system", "--url", "--api-key", "--model", "--help"} | OUTPUT | SAMPLING | ENGINE,
@@ -153,8 +155,23 @@ SNAPSHOT = {
         "--kv-bytes",
         "--plot",
         "--json",
+        "--lang",
         "--help",
     },
+    "state ls": STATE | {"--kind", "--name", "--namespace", "--limit", "--after"},
+    "state show": STATE | {"--namespace"},
+    "state put": STATE | OWN | {"--messages", "--token-ids", "--kind", "--durable"},
+    "state pin": STATE | {"--device", "--ttl", "--namespace"},
+    "state unpin": STATE | {"--device", "--namespace"},
+    "state migrate": STATE | {"--namespace"},
+    "state evict": STATE | {"--policy", "--bytes", "--kind", "--tier"},
+    "state drop": STATE | {"--namespace"},
+    "state fork": STATE | OWN,
+    "state export": STATE | {"--out", "--namespace"},
+    "state import": STATE | {"--name", "--version", "--namespace"},
+    "state verify": STATE | {"--tier", "--repair"},
+    "state explain": STATE | {"--namespace"},
+    "state top": STATE,
 }
 
 

@@ -15,7 +15,7 @@ from nanovllm import LLM
 from nanovllm.config import EngineConfig
 from nanovllm.core.grammar import Grammar
 from nanovllm.core.sampling_params import SamplingParams
-from nanovllm.engine.async_engine import AsyncEngine
+from nanovllm.engine.async_engine import MAX_RESTARTS, STEADY_S, AsyncEngine
 from nanovllm.engine.engine_loop import EngineLoop
 from nanovllm.engine.integrity import check_blocks
 from nanovllm.engine.links import ProcessLink, ThreadLink
@@ -303,7 +303,7 @@ def killed_and_back(times: int) -> None:
         await engine.start()
         assert isinstance(engine.link, ProcessLink)
         for _ in range(times):
-            engine._restarts = 0
+            engine._restarts, engine._ready_s = MAX_RESTARTS, engine._ready_s - STEADY_S  # it has lived for long
             stream = engine.submit([1], ENDLESS)
             async for _ in stream:
                 break

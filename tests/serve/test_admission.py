@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from nanovllm.errors import BusyError, RateLimitError
+from nanovllm.errors import BusyError, InvalidRequestError, RateLimitError
 from nanovllm.serve.admission import Admission, Slot
 from nanovllm.serve.body import estimated_tokens
 from nanovllm.serve.config import ServerConfig
@@ -111,6 +111,15 @@ def test_what_turns_out_too_large_is_refused_and_stays_whole() -> None:
     assert books(admission) == (16, 10_000, 16, {"": 16})
 
 
+def test_what_its_tenant_may_never_have_is_no_matter_of_waiting() -> None:
+    admission = ledger(max_tenant_requests=4)
+    slot = admission.admit(ALICE, 1)
+    with pytest.raises(InvalidRequestError, match="5 answers"):
+        slot.revise(1, 5)
+    slot.revise(1, 4)
+    assert books(admission) == (4, 1, 4, {"alice": 4})
+
+
 @given(st.integers(0, 2**40), st.integers(1, 10**6))
 def test_estimates(length: int, most: int) -> None:
     assert estimated_tokens({b"content-length": b"%d" % length}, most) == min(length // 3, most)
@@ -145,8 +154,9 @@ class Ledger(RuleBasedStateMachine):
         before = books(self.admission)
         try:
             slot.revise(tokens, count)
-        except BusyError:
+        except (BusyError, InvalidRequestError) as error:
             assert books(self.admission) == before
+            assert isinstance(error, BusyError) or count > 5
 
     @rule(slot=slots)
     def start(self, slot: Slot) -> None:

@@ -76,6 +76,16 @@ def test_a_chunked_request_is_served(server: Factory) -> None:
         assert read_head(sock).startswith(b"HTTP/1.1 200 ")
 
 
+def test_two_framings_at_once_are_refused(server: Factory) -> None:
+    """Readers that disagree on where a request ends are what request smuggling lives on."""
+    live = server(**SMALL)
+    body = b'{"prompt": "hello", "max_tokens": 2}'
+    framed = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    answer = live.raw(head("Transfer-Encoding: chunked", f"Content-Length: {len(framed)}") + framed)
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"connection: close" in answer.lower()
+    assert_alive(live)
+
+
 @pytest.mark.parametrize("framing", ["Content-Length: 4000", "Transfer-Encoding: chunked"])
 def test_a_body_that_does_not_come(server: Factory, framing: str) -> None:
     live = server(**SMALL)

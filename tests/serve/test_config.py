@@ -139,6 +139,7 @@ def test_a_public_address_needs_a_key(host: str, is_local: bool) -> None:
 KEYS: list[tuple[dict[str, Any], str]] = [
     ({"api_key": ("",)}, "printable"),
     ({"api_key": ("a b",)}, "printable"),
+    ({"api_key": ("alice:one,bob:two",)}, "commas"),
     ({"api_key": ("schlüssel",)}, "printable"),
     ({"api_key": ("name:",)}, "printable"),
     ({"api_key": (":key",)}, "name before"),

@@ -261,6 +261,9 @@ def test_a_killed_engine_process(fresh_server: Factory) -> None:
         pid = live.services.engine.link.pid  # type: ignore[attr-defined]
         os.kill(pid, signal.SIGKILL)
         assert b'"code":"engine_unhealthy"' in read_all(sock)
-    until(lambda: live.complete().status == 503, "it goes on without an engine")
+    until(lambda: live.get("/health").json == {"status": "restarting"}, "it does not say so")
+    answers = live.get("/health"), live.complete()
+    assert [(one.status, "retry-after" in one.headers) for one in answers] == [(503, True), (503, True)]
+    assert answers[1].code == "engine_unhealthy"
     until(lambda: live.get("/health/ready").status == 200, "no other engine came", 60)
     assert_alive(live)

@@ -28,6 +28,7 @@ from nanovllm.cli.pull import pull
 from nanovllm.cli.run import run
 from nanovllm.cli.serve import EXAMPLES as SERVE_EXAMPLES
 from nanovllm.cli.serve import serve
+from nanovllm.cli.state import state
 from nanovllm.cli.terminal import harmless, make_streams_lenient
 from nanovllm.cli.trace import trace
 from nanovllm.errors import NanoVLLMError
@@ -99,6 +100,7 @@ app.command(epilog=PROBE_EXAMPLES)(probe)
 app.add_typer(bench, name="bench")
 app.add_typer(trace, name="trace")
 app.add_typer(lab, name="lab")
+app.add_typer(state, name="state")
 
 
 def _show_version(wanted: bool) -> None:

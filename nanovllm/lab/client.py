@@ -61,9 +61,20 @@ def stream_chat(address: Address, body: dict[str, Any], answer: StreamedAnswer) 
         raise RemoteError("The server closed the connection in the middle of the answer.", code="cut")
 
 
+def exchange(
+    address: Address, method: str, path: str, body: dict[str, Any] | bytes | None = None, *, most_bytes: int
+) -> bytes:
+    """One request and its whole answer; `body` goes as JSON, bytes as they are. Raises RemoteError."""
+    with _response(address, method, path, body, SILENCE_S) as response:
+        data = response.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise RemoteError(f"The answer is larger than {most_bytes:,} bytes.", code="too_large")
+    return data
+
+
 @contextmanager
 def _response(
-    address: Address, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
+    address: Address, method: str, path: str, body: dict[str, Any] | bytes | None, timeout_s: float
 ) -> Iterator[HTTPResponse]:
     """The response with status 200, its connection open for the time of the block."""
     kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
@@ -72,8 +83,9 @@ def _response(
     try:
         _connect(connection, address)
         connection.sock.settimeout(timeout_s)
-        data = None if body is None else json.dumps(body)
-        connection.request(method, address.path + path, data, address.headers)
+        data = json.dumps(body) if isinstance(body, dict) else body
+        binary = {"Content-Type": "application/octet-stream"} if isinstance(body, bytes) else {}
+        connection.request(method, address.path + path, data, {**address.headers, **binary})
         response = connection.getresponse()
         if response.status != 200:
             raise _refusal(response, address)

@@ -17,6 +17,7 @@ import signal
 import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -28,6 +29,7 @@ from nanovllm.serve.defaults import generation_defaults
 from nanovllm.serve.listener import BACKLOG, url_of
 from nanovllm.serve.metrics import measure_loop_lag
 from nanovllm.serve.reception import longest_token
+from nanovllm.state.tiers.ownership import note_address
 
 ANSWER_S = 5.0  # for last answers to be written, once the engine has ended their requests
 POLL_S = 0.02
@@ -88,6 +90,8 @@ class HttpServer:
             await loading
             await self._read_defaults()
             self.services.is_loaded = True
+            if self.services.engine.config.state_dir is not None:  # its engine owns the folder by now
+                note_address(Path(self.services.engine.config.state_dir), self.url)
             return True
         self.services.engine.kill()
         loading.cancel()

@@ -16,12 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nanovllm.errors import DeadlineError, InvalidRequestError, StateRefusedError
+from nanovllm.errors import DeadlineError, InvalidRequestError
 from nanovllm.serve import state_protocol as protocol
 from nanovllm.serve.body import read_body
 from nanovllm.serve.reception import Body, decoded, parts_of
 from nanovllm.state.report import (
     MAX_PAGE,
+    accepted,
     content_of,
     explanation_facts,
     namespace_of,
@@ -168,10 +169,7 @@ async def _tell(request: Request, verb: str, **arguments: Any) -> Response:
 
 async def _act(request: Request, verb: str, **arguments: Any) -> Response:
     """As `_tell`; raises StateRefusedError where the receipt is a refusal."""
-    done = await _call(request, verb, **arguments)
-    if not getattr(done, "ok", True):
-        raise StateRefusedError(f"Refused: {done.reason}.", receipt=done)
-    return _json(receipt_facts(done))
+    return _json(accepted(await _call(request, verb, **arguments)))
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, StateRefusedError
 from nanovllm.state.objects import DEFAULT_NAMESPACE, Document, Session, StateId, StateObject, Storable
 from nanovllm.state.receipts import Explanation, Receipt
 
@@ -67,6 +67,13 @@ def receipt_facts(done: Receipt | StateId) -> dict[str, Any]:
     receipt = done.receipt if isinstance(done, StateId) else done
     plain: dict[str, Any] = msgspec.to_builtins(receipt) if receipt is not None else {"ok": True}
     return {**plain, "state_id": str(done)} if isinstance(done, StateId) else plain
+
+
+def accepted(done: Receipt | StateId) -> dict[str, Any]:
+    """As `receipt_facts`. Raises StateRefusedError, which holds the receipt, where it is a refusal."""
+    if isinstance(done, Receipt) and not done.ok:
+        raise StateRefusedError(f"Refused: {done.reason}.", receipt=done)
+    return receipt_facts(done)
 
 
 def explanation_facts(explanation: Explanation) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Who owns a state folder: one process, told by a lock; and which schema the folder has.
 
-What it is: the lock file and the schema file. What it knows nothing about: what else lies in the folder.
+What it is: the lock file, the schema file, and the address at which the owner answers. What it knows nothing
+about: what else lies in the folder.
 Invariants: the lock is the kernel's (`flock`), so that it ends with its process, however that ends; a
 folder of a newer schema is never written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -14,7 +16,8 @@ from pathlib import Path
 from nanovllm.errors import StateFolderError
 
 SCHEMA = 1
-LOCK_FILE, SCHEMA_FILE = "LOCK", "SCHEMA"
+LOCK_FILE, SCHEMA_FILE, ADDRESS_FILE = "LOCK", "SCHEMA", "LOCK.address"
+MAX_ADDRESS = 300
 
 
 class Ownership:
@@ -49,6 +52,7 @@ class Ownership:
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        (path / ADDRESS_FILE).unlink(missing_ok=True)  # the last owner's
         return fd
 
     def close(self) -> None:
@@ -56,6 +60,46 @@ class Ownership:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def is_state_folder(path: Path) -> bool:
+    """Whether somebody made one there."""
+    return (path / SCHEMA_FILE).is_file()
+
+
+def is_owned(path: Path) -> bool:
+    """Whether a process has the folder now. Raises StateFolderError where that cannot be found out."""
+    try:
+        fd = os.open(path / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StateFolderError(f"The state folder {path} cannot be opened: {error.strerror}.") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def note_address(path: Path, url: str) -> None:
+    """Owner: write down where it answers. Without the note, others must be told; that is no reason to fail."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path / ADDRESS_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(url)
+
+
+def address_of(path: Path) -> str | None:
+    """Where the owner answers, if it wrote that down; of a folder without an owner it says nothing."""
+    try:
+        fd = os.open(path / ADDRESS_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(fd, encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_ADDRESS).strip() or None
 
 
 def _check_schema(path: Path, read_only: bool) -> None:

@@ -1,0 +1,166 @@
+"""`nanovllm state`: every verb on a folder, the same on a server, and who is asked when both are there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm.cli.state import state
+from nanovllm.cli.state_place import _PATHS
+from nanovllm.state.store import StateStore
+from nanovllm.state.tiers.ownership import address_of, is_owned, note_address
+from tests.serve.servers import LiveServer, running
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Ask = Callable[..., Any]
+KEY = {"NANOVLLM_API_KEY": "admin-key"}
+
+
+@pytest.fixture
+def ask(nanovllm: Run, tmp_path: Path) -> Ask:
+    """`nanovllm state ARGUMENTS --json` on a folder of the test's own; what it says."""
+
+    def run(*arguments: str, code: int = 0, **more: Any) -> Any:
+        done = nanovllm("state", *arguments, "--json", NANOVLLM_STATE_DIR=str(tmp_path / "state"), **more)
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout) if done.stdout else done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, Path]]:
+    """A server that has a state folder, and the folder."""
+    folder = tmp_path_factory.mktemp("owned")
+    with running(state_dir=str(folder), admin_key="admin-key") as live:
+        yield live, folder
+
+
+def through_every_verb(ask: Ask, tmp_path: Path) -> None:
+    """The verbs that a folder and a server have in common."""
+    first = ask("put", "The library opens at 8.", "--name", "library", "--version", "1", "--durable")
+    assert first["ok"] and first["reason"] == "durable"
+    (tmp_path / "m.json").write_text('[{"role": "user", "content": "hi"}]')
+    assert ask("put", "--messages", str(tmp_path / "m.json"), "--name", "talk")["ok"]
+    assert [obj["name"] for obj in ask("ls")["objects"]] == ["library", "talk"]
+    page = ask("ls", "--limit", "1")
+    assert [obj["name"] for obj in ask("ls", "--after", page["next"])["objects"]] == ["talk"]
+    assert [obj["kind"] for obj in ask("ls", "--kind", "session")["objects"]] == ["session"]
+    assert ask("show", "library@1")["content"] == {"text": "The library opens at 8."}
+    assert ask("show", first["state_id"])["name"] == "library"
+    assert ask("fork", "talk", "--name", "other")["ok"]
+    assert ask("show", "other")["content"]["messages"] == [{"role": "user", "content": "hi"}]
+    assert ask("migrate", "library", "disk")["ok"]
+    assert ask("explain", "library")["facts"]["payload_in"][-1] == "disk"
+    bundle = str(tmp_path / "b.bundle")
+    assert ask("export", "library", "--out", bundle)["bytes"] == Path(bundle).stat().st_size
+    assert "cannot be written" in ask("export", "library", "--out", bundle, code=2)
+    assert ask("import", bundle, "--name", "twin")["action"] == "import"
+    assert ask("show", "twin")["content"] == {"text": "The library opens at 8."}
+    assert ask("verify")["reason"].endswith(" sound, 0 not")
+    assert ask("top")["objects"] == 4 and ask("top")["tiers"]["disk"]["by_kind"]["knowledge"] > 0
+    assert "Refused: " in ask("evict", "--kind", "session", "--tier", "disk", code=1)  # the last copies of texts
+    for name in ("library", "talk", "other", "twin"):
+        assert ask("drop", name)["action"] == "drop"
+    assert "There is no state 'library'" in ask("show", "library", code=1)
+    assert ask("ls") == {"objects": [], "next": None}
+
+
+def test_every_verb_on_a_folder(ask: Ask, tmp_path: Path) -> None:
+    through_every_verb(ask, tmp_path)
+    assert "A pin ends with the process" in ask("pin", "library", code=2)
+
+
+def test_every_verb_on_the_server_that_has_the_folder(
+    nanovllm: Run, owner: tuple[LiveServer, Path], tmp_path: Path
+) -> None:
+    """Only the folder is named: its owner's address is beside the lock."""
+
+    def ask(*arguments: str, code: int = 0) -> Any:
+        done = nanovllm("state", *arguments, "--json", "--state-dir", str(owner[1]), **KEY)
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout) if done.stdout else done.stderr
+
+    through_every_verb(ask, tmp_path)
+    ask("put", "A", "--name", "a")
+    assert ask("pin", "a", "--device", "host", "--ttl", "60")["reason"].endswith("for 60 s")
+    assert ask("unpin", "a")["ok"] and not ask("unpin", "a", code=1)["ok"]
+    assert "Refused: it has no full block" in ask("pin", "a", code=1)
+    assert [receipt["action"] for receipt in ask("explain", "a")["receipts"]].count("pin") == 2
+    assert ask("drop", "a")["ok"]
+
+
+def test_a_server_by_its_address_and_what_it_refuses(nanovllm: Run, owner: tuple[LiveServer, Path]) -> None:
+    url = owner[0].server.url
+    assert json.loads(nanovllm("state", "ls", "--json", "--url", url, **KEY).stdout) == {"objects": [], "next": None}
+    done = nanovllm("state", "ls", "--url", url, "--api-key", "another")
+    assert (done.returncode, done.stdout) == (1, "") and "API key is missing or unknown" in done.stderr
+    done = nanovllm("state", "show", "nobody", "--url", url, **KEY)
+    assert done.returncode == 1 and "There is no state 'nobody'" in done.stderr
+
+
+def test_an_owner_without_an_address_is_named(nanovllm: Run, tmp_path: Path) -> None:
+    """Its folder may be looked at; changing it is refused, with the process's number."""
+    with StateStore.open(tmp_path / "s") as store:
+        store.put("text", {"name": "t"})
+        assert is_owned(tmp_path / "s") and address_of(tmp_path / "s") is None
+        seen = nanovllm("state", "ls", "--state-dir", str(tmp_path / "s"))
+        assert seen.returncode == 0 and " t " in seen.stdout
+        done = nanovllm("state", "drop", "t", "--state-dir", str(tmp_path / "s"))
+        assert done.returncode == 1 and "is in use by process" in done.stderr
+        note_address(tmp_path / "s", "http://127.0.0.1:9")
+    assert not is_owned(tmp_path / "s")
+    assert nanovllm("state", "drop", "t", "--state-dir", str(tmp_path / "s")).returncode == 0  # a note is no owner
+    assert address_of(tmp_path / "s") is None  # the new owner took the old one's note away
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("ls",), 2, "--state-dir DIR or --url URL"),
+        (("ls", "--state-dir", "nowhere"), 1, "nowhere is no state folder"),
+        (("drop", "x", "--state-dir", "nowhere"), 1, "nowhere is no state folder"),
+        (("put", "--state-dir", "s"), 2, "Give text, messages or token_ids"),
+        (("put", "--messages", "nowhere", "--state-dir", "s"), 2, "nowhere cannot be read"),
+        (("import", "nowhere", "--state-dir", "s"), 2, "nowhere cannot be read"),
+        (("evict", "--bytes", "many", "--state-dir", "s"), 2, "bytes"),
+        (("ls", "--url", "127.0.0.1"), 2, "url must begin with http://"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    nanovllm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = nanovllm("state", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1) and says in done.stderr
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_damage_is_found_and_set_aside(ask: Ask, tmp_path: Path) -> None:
+    ask("put", "text", "--name", "t")
+    (file,) = (tmp_path / "state" / "texts").iterdir()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = ask("verify", code=1)
+    assert not found["ok"] and file.exists()
+    ask("verify", "--repair", code=1)
+    assert not file.exists() and list((tmp_path / "state" / "quarantine").iterdir())
+
+
+def test_tables_for_people_are_harmless(nanovllm: Run, tmp_path: Path) -> None:
+    where = ("--state-dir", str(tmp_path / "s"))
+    nanovllm("state", "put", "red \x1b[31mtext", "--name", "a [bold]name[/]", *where)
+    for verb in (("ls",), ("show", "a [bold]name[/]"), ("explain", "a [bold]name[/]"), ("top",), ("verify",)):
+        done = nanovllm("state", *verb, *where)
+        assert done.returncode == 0 and done.stdout and "\x1b" not in done.stdout, done.stderr
+    assert "a [bold]name[/]" in nanovllm("state", "ls", *where, COLUMNS="160").stdout
+
+
+def test_every_verb_has_a_path() -> None:
+    assert {command.name for command in state.registered_commands} == set(_PATHS)

@@ -7,12 +7,15 @@ about: how either came about. Invariant: every figure is printed with its label.
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nanovllm.lab.experiment_4.cells import FIGURE_COLUMNS, cells
 from nanovllm.lab.findings import Verdict
 from nanovllm.lab.wording import say
 from nanovllm.observe.wording import Lang
+
+MARKS = MappingProxyType({True: "✔", False: "✘", None: "–"})
 
 
 def print_tables(tables: dict[str, Any], out: Path, lang: Lang) -> None:
@@ -29,9 +32,9 @@ def print_tables(tables: dict[str, Any], out: Path, lang: Lang) -> None:
 
 def print_verdict(verdict: Verdict, lang: Lang) -> None:
     """The checklist, and below it what was found."""
-    broken = verdict.broken()
-    for rule in verdict.rules:
-        print(f"{'✘' if rule in broken else '✔'} {rule:15} {say(lang, f'list_{rule}')}")
+    for rule, holds in verdict.outcomes().items():
+        remark = f" ({say(lang, 'not_evaluated')})" if holds is None else ""
+        print(f"{MARKS[holds]} {rule:15} {say(lang, f'list_{rule}')}{remark}")
     print()
     for finding in verdict.findings:
         print(f"[{finding.rule}] {finding.text(lang)}")

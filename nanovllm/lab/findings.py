@@ -2,7 +2,8 @@
 
 What it is: the frame that checks of all experiments share. What it knows nothing about:
 rules. Invariants: a finding names the rule it breaks and where; a verdict is `pass` only
-without findings; two documents are equal only where every leaf is, in value and in type.
+without findings; a rule that was not evaluated neither holds nor is broken; two documents
+are equal only where every leaf is, in value and in type.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Verdict:
     bundle: str
     rules: tuple[str, ...]
     findings: list[Finding] = field(default_factory=list)
+    skipped: set[str] = field(default_factory=set)  # rules for which there was nothing that could be evaluated
 
     @property
     def is_pass(self) -> bool:
@@ -49,13 +51,18 @@ class Verdict:
         """The rules that are broken."""
         return {finding.rule for finding in self.findings}
 
+    def outcomes(self) -> dict[str, bool | None]:
+        """By rule: whether it holds; None where it was not evaluated."""
+        broken = self.broken()
+        return {rule: False if rule in broken else None if rule in self.skipped else True for rule in self.rules}
+
     def as_dict(self, lang: Lang) -> dict[str, Any]:
         """Plain data."""
         return {
             "experiment": self.experiment,
             "bundle": self.bundle,
             "verdict": "pass" if self.is_pass else "fail",
-            "rules": {rule: rule not in self.broken() for rule in self.rules},
+            "rules": self.outcomes(),
             "findings": [{**f._asdict(), "text": f.text(lang)} for f in self.findings],
         }
 

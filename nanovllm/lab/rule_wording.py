@@ -53,7 +53,14 @@ _RULES = {
         "{where}: what a probe observed is written as a gain: {found}",
         "{where}：把探针的观测写成了收益：{found}",
     ),
-    "rule_diagram": ("{where}: the KV lifecycle diagram is missing", "{where}：缺少 KV 生命周期图"),
+    "rule_generated": (
+        "{where} is not what the raw logs and the manifest give: {found}, not {wanted}",
+        "{where} 与原始日志和 manifest 所给出的不符：{found}，应为 {wanted}",
+    ),
+    "rule_diagram": (
+        "{where}: the diagram is missing, or is not of this run: {found} {wanted}",
+        "{where}：缺少该图，或该图不是本次运行的：{found} {wanted}",
+    ),
     "rule_observer": (
         "{where} is {found}; the reference is {wanted}",
         "{where} 为 {found}；参考值为 {wanted}",
@@ -111,7 +118,8 @@ _RULES = {
     "list_chain": ("causal chain as the runs say", "因果链与运行一致"),
     "list_statement": ("result statement", "结果说明"),
     "list_probe": ("no probe figure written as a gain", "没有把探针写成收益"),
-    "list_diagram": ("KV lifecycle diagram", "KV 生命周期图"),
+    "list_generated": ("README and explanations as the run gives them", "README 与 解释 由运行结果生成"),
+    "list_diagram": ("diagrams of this run", "本次运行的图"),
     "list_observer": ("the observer's figures equal the reference", "观测器数字与参考一致"),
     "list_identity": ("name, number, date, environment", "姓名、学号、日期、环境"),
     "list_lifecycle": ("lifecycle table with its basis", "生命周期表与判断依据"),

@@ -18,6 +18,7 @@ _PROSE = {
     "run_done": ("The bundle is in {out}. The chain: {verdict}.", "证据包在 {out}。因果链：{verdict}。"),
     "run_next": ("Check it: nanovllm lab check 4 {out}", "检查：nanovllm lab check 4 {out}"),
     "check_pass": ("{bundle}: every rule holds.", "{bundle}：全部规则通过。"),
+    "not_evaluated": ("not evaluated", "未评估"),
     "check_fail": ("{bundle}: {count} findings.", "{bundle}：发现 {count} 处问题。"),
     # -- explanations and the chain ------------------------------------------------------------------
     "explain_free": (
@@ -44,8 +45,10 @@ _PROSE = {
     ),
     "change_line": (
         "{case}, pool {small} -> {large} blocks: T_queue {queue} ms (runs of one arm differ by {noise}), "
-        "T_prefill {prefill} ms, TTFT {ttft} ms ({label}; means of paired differences): {verdict}",
-        "{case}，池 {small} -> {large} 块：T_queue {queue} ms（同臂差异 {noise}），T_prefill {prefill} ms，"
+        "T_prefill {prefill} ms (bound {bound}, of {of}), TTFT {ttft} ms "
+        "({label}; means of paired differences): {verdict}",
+        "{case}，池 {small} -> {large} 块：T_queue {queue} ms（同臂差异 {noise}），T_prefill {prefill} ms"
+        "（界 {bound}，取自 {of}），"
         "TTFT {ttft} ms（{label}；同一请求配对差的均值）：{verdict}",
     ),
     "chain_rule": (
@@ -53,11 +56,13 @@ _PROSE = {
         "blocks are "
         "never waited for, T_queue and TTFT fall in every repeat and by more than runs of one arm differ, and "
         "T_prefill "
-        "changes by at most {share} of what T_queue does. `not tested`: with the smaller pool nobody waited "
+        "stays: it changes by at most {share} of what T_queue does or by what runs of one arm differ (the larger of "
+        "the two), and never by more than {own} of itself. `not tested`: with the smaller pool nobody waited "
         "for blocks.",
         "运行前已固定的判据：上述每一环成立，且在更大的池上无人等待块、T_queue 与 TTFT "
         "在每次重复中都下降并超过同臂差异、"
-        "T_prefill 的变化不超过 T_queue 变化的 {share}，否则该链被否定。`not tested`：较小的池上也无人等待块。",
+        "T_prefill 的变化不超过 T_queue 变化的 {share} 与其同臂差异中的较大者，"
+        "且不超过其自身的 {own}，否则该链被否定。`not tested`：较小的池上也无人等待块。",
     ),
     # -- the basis of the lifecycle table ------------------------------------------------------------
     "basis_prefill": (

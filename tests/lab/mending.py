@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanovllm.lab.experiment_4.cells import as_csv
-from nanovllm.lab.experiment_4.check_raw import planned_runs, size_of
+from nanovllm.lab.experiment_4 import plots
+from nanovllm.lab.experiment_4.cases import size_of
+from nanovllm.lab.experiment_4.check_raw import planned_runs
+from nanovllm.lab.experiment_4.report import texts
 from nanovllm.lab.experiment_4.tables import make_tables, read_runs
 from nanovllm.lab.manifest import read_manifest, seal, write_manifest
 
@@ -42,11 +44,15 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manife
 
 
 def rebuild(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
-    """The same, with the tables computed again from the changed logs: only the rules can tell it now."""
+    """The same, with all that a program makes made again from the changed logs: only the rules can tell it now."""
     reseal(folder, change)
     manifest = read_manifest(folder)
     recorded = read_runs(folder, planned_runs(manifest))
     tables = make_tables(recorded, size_of(manifest))
     (folder / "tables.json").write_text(json.dumps(tables), encoding="utf-8")
-    (folder / "results.csv").write_text(as_csv(tables["capacity_table"], ["x"] * 3), encoding="utf-8")
+    for name, text in texts(tables, recorded, manifest, manifest["lang"]).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name in (plots.RESIDENCY, plots.CHAIN):  # no shape of a picture is compared, its words are
+        shown = "".join(f"<text>{word}</text>" for word in plots.words(name, tables))
+        (folder / "diagrams" / name).write_text(f"<svg><path/>{shown}</svg>", encoding="utf-8")
     reseal(folder)

@@ -31,6 +31,7 @@ def told(**changed: Any) -> dict[str, Any]:
             rows.append({**row, "num_blocks": BLOCKS[arm], "pool_waits": waits.get((arm, case), 0)})
             queue, prefill = terms[arm, case]
             queue += noise * repeat
+            prefill += changed.get("prefill_noise", {}).get((arm, case), (0, 0, 0))[repeat - 1]
             times = {"T_queue": queue, "T_prefill": prefill, "TTFT": queue + prefill}
             by_run[name] = {i: {term: int(ms * MS) for term, ms in times.items()} for i in ("a", "b")}
     return make_chain(rows, by_run, changed.get("table", table()))
@@ -68,12 +69,31 @@ def test_it_holds_where_the_wait_falls_and_prefill_stays() -> None:
         ({"terms": {("roomy", "long_ctx"): (850, 400)}}, "ttft"),
         ({"waits": {("roomy", "long_ctx"): 1}}, "wall"),  # they waited for blocks there too
         ({"noise": 500.0}, "queue"),  # runs of one arm differ by more than the arms
+        (
+            {"terms": {("base", "long_ctx"): (9000, 200), ("roomy", "long_ctx"): (5, 310)}},
+            "prefill",
+        ),  # over half itself
     ],
 )
 def test_each_test_refutes_it(changed: dict[str, Any], test: str) -> None:
     chain = told(**changed)
     one = chain["interventions"][1]
     assert chain["verdict"] == REFUTED and one["verdict"] == REFUTED and not one["tests"][test]
+
+
+@pytest.mark.parametrize(
+    ("terms", "noise", "bound"),
+    [
+        ((5, 205), (0, 0, 0), {"ms": 89.5, "of": "T_queue"}),
+        ((5, 110), (0, 95, -5), {"ms": 100.0, "of": "same_arm"}),  # a change of -90 where repeats differ by 100
+        ((5, 110), (0, 300, 0), {"ms": 100.0, "of": "T_prefill"}),  # noise excuses no more than half of it
+    ],
+)
+def test_prefill_stays_within_a_bound_that_is_named(
+    terms: tuple[float, float], noise: tuple[float, ...], bound: dict[str, Any]
+) -> None:
+    one = told(terms={("roomy", "long_ctx"): terms}, prefill_noise={("roomy", "long_ctx"): noise})["interventions"][1]
+    assert one["prefill_bound"] == bound and one["tests"]["prefill"]
 
 
 def test_the_reverse_arm_refutes_it_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,97 @@ def edited_readme(folder: Path) -> None:
     edit_text(folder / "README.md", "28", "29")
 
 
+def resealed_readme(folder: Path) -> None:
+    """The chain's verdict turned round, and the label."""
+    edit_text(folder / "README.md", "holds", "refuted")
+    reseal(folder)
+
+
+def readme_without_its_bound(folder: Path) -> None:
+    path = folder / "README.md"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "近似边界" not in line), encoding="utf-8")
+    reseal(folder)
+
+
+def empty_readme(folder: Path) -> None:
+    (folder / "README.md").write_text("")
+    reseal(folder)
+
+
+def results_without_explanations(folder: Path) -> None:
+    path = folder / "results.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *([*row[:-1], ""] for row in rows)])
+    reseal(folder)
+
+
+def foreign_diagram(folder: Path) -> None:
+    (folder / "diagrams/kv_lifecycle.svg").write_text("<svg/>")
+    reseal(folder)
+
+
+def foreign_picture(folder: Path) -> None:
+    edit_text(folder / "diagrams/residency.svg", "02-base-long_ctx-1", "02-base-long_ctx-2")
+    reseal(folder)
+
+
+def no_pictures(folder: Path) -> None:
+    for name in ("residency.svg", "intervention.svg", "kv_lifecycle.mmd"):
+        (folder / "diagrams" / name).unlink()
+    reseal(folder)
+
+
+def lifecycle_not_listed(folder: Path) -> None:
+    (folder / "diagrams/kv_lifecycle.mmd").unlink()
+    reseal(folder, lambda m: m["diagrams"].remove("kv_lifecycle.mmd"))
+
+
+def edited_prefixes(folder: Path) -> None:
+    path = folder / "raw" / f"{LONG}.prefixes.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("".join(f"{lines[0]}\n" for _ in lines), encoding="utf-8")
+    rebuild(folder)
+
+
+def prefixes_of_another_repeat(folder: Path) -> None:
+    """A run no figure is read from: its trace has to be the seed's all the same."""
+    edit_lines(folder / "raw" / "14-base-short_ctx-2.prefixes.jsonl", lambda r: r | {"hash_ids": r["hash_ids"][::-1]})
+    rebuild(folder)
+
+
+def another_step_limit(folder: Path) -> None:
+    """In all headers and the manifest: at odds with the experiment itself."""
+    for path in (folder / "raw").glob("*-?.jsonl"):
+        edit_lines(path, lambda r: r | {"knobs": r["knobs"] | {"max_num_seqs": 1}} if "knobs" in r else r)
+    rebuild(folder, lambda m: m["run"]["knobs"].update(max_num_seqs=1))
+
+
+def simulated_called_measured(folder: Path) -> None:
+    for path in (folder / "raw").glob("*-?.jsonl"):
+        edit_lines(path, lambda r: r | {"label": "measured"} if r.get("record") == "header" else r)
+    rebuild(folder, lambda m: m["run"].update(label="measured"))
+
+
+def hidden_observer(folder: Path) -> None:
+    (folder / "raw/observer.py").unlink()
+    reseal(folder)
+
+
+def typed_observer(folder: Path) -> None:
+    table(folder, lambda t: t.update(observer={"reports": t["observer"]["reports"]}))
+
+
+def praising_observer(folder: Path) -> None:
+    table(folder, lambda t: t["observer"]["reports"][LONG].update(saved_by_reuse_percent=40))
+
+
+def observer_of_another_run(folder: Path) -> None:
+    table(folder, lambda t: t["observer"]["reports"].update(better=t["observer"]["reports"][LONG]))
+
+
 def smuggled_file(folder: Path) -> None:
     (folder / "raw" / "better.jsonl").write_text("{}\n")
 
@@ -220,11 +312,11 @@ MUTATIONS: list[tuple[Callable[[Path], None], set[str]]] = [
     (probe_as_an_effect, {"probe"}),
     (probe_without_its_statement, {"probe"}),
     (probe_praised_in_prose, {"probe"}),
-    (probe_praised_in_the_table, {"probe"}),
+    (probe_praised_in_the_table, {"probe", "generated"}),
     (two_repeats, {"repeats"}),
     (ttft_under_queue_wait, {"relation", "cell"}),
-    (edited_manifest, {"manifest"}),
-    (warm_called_cold, {"manifest"}),
+    (edited_manifest, {"manifest", "generated"}),
+    (warm_called_cold, {"manifest", "generated"}),
     (another_model, {"manifest"}),
     (missing_raw_file, {"raw"}),
     (not_alternating, {"order"}),
@@ -239,7 +331,23 @@ MUTATIONS: list[tuple[Callable[[Path], None], set[str]]] = [
     (no_diagram, {"diagram"}),
     (wrong_observer, {"observer"}),
     (mute_observer, {"observer"}),
-    (edited_readme, {"file"}),
+    (edited_readme, {"file", "generated"}),
+    (resealed_readme, {"generated"}),
+    (readme_without_its_bound, {"generated"}),
+    (empty_readme, {"generated"}),
+    (results_without_explanations, {"generated"}),
+    (foreign_diagram, {"diagram"}),
+    (foreign_picture, {"diagram"}),
+    (no_pictures, {"diagram"}),
+    (lifecycle_not_listed, {"diagram"}),
+    (edited_prefixes, {"raw"}),
+    (prefixes_of_another_repeat, {"raw"}),
+    (another_step_limit, {"manifest"}),
+    (simulated_called_measured, {"manifest", "order"}),
+    (hidden_observer, {"observer"}),
+    (typed_observer, {"observer"}),
+    (praising_observer, {"observer"}),
+    (observer_of_another_run, {"observer"}),
     (smuggled_file, {"file"}),
 ]
 
@@ -259,6 +367,50 @@ def test_a_mutated_bundle_is_refused_for_its_reason(
     assert verdict.broken() == rules, [finding.text("en") for finding in verdict.findings]
     for finding in verdict.findings:
         assert finding.where and finding.text("en") != finding.text("zh")
+
+
+FIELDS = ["commit", "dirty", "environment", "engine", "started", "finished", "lang", "quick", "version", "warmup"]
+FACTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    *((f"no {name}", lambda m, name=name: m.pop(name)) for name in FIELDS),
+    ("quick", lambda m: m.update(quick=False)),
+    ("repeats", lambda m: m.update(repeats=7)),
+    ("lab_version", lambda m: m.update(lab_version=99)),
+    ("schema", lambda m: m.update(schema=7)),
+    ("version", lambda m: m.update(version="9")),
+    ("a commit of zeros", lambda m: m.update(commit="0" * 40)),
+    ("half a commit", lambda m: m.update(commit="abc")),
+    ("dirty of nothing", lambda m: m.update(commit=None, dirty=False)),
+    ("started", lambda m: m.update(started="x")),
+    ("ended before it began", lambda m: m.update(finished="2020-01-01T00:00:00+00:00")),
+    ("another policy", lambda m: m["engine"].update(policy="sjf")),
+    ("another processor's", lambda m: m.update(environment={"processor": "H100"})),
+    ("no load", lambda m: m["environment"].pop("load_average_after")),
+    ("another shape", lambda m: m["environment"].update(kv_shape="2 x 1 layers = 4 B")),
+    ("measured on something", lambda m: m["environment"].update(device="cpu")),
+    ("a size of one's own", lambda m: m["size"].update(requests=9)),
+    ("a language there is not", lambda m: m.update(lang="fr")),
+    ("a flag not given", lambda m: m["order"][0].update(run="01")),
+    ("a field nobody writes", lambda m: m.update(approved=True)),
+]
+
+
+@pytest.mark.parametrize("change", [row[1] for row in FACTS], ids=[row[0] for row in FACTS])
+def test_a_manifest_without_its_facts_or_with_invented_ones_is_refused(
+    bundle: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    reseal(bundle, change)
+    verdict = check_bundle(bundle)
+    assert "manifest" in verdict.broken(), [finding.text("en") for finding in verdict.findings]
+
+
+def test_what_was_not_evaluated_is_neither_broken_nor_held(bundle: Path) -> None:
+    table(bundle, lambda t: t.update(observer=None))
+    verdict = check_bundle(bundle)
+    assert verdict.is_pass and verdict.outcomes()["observer"] is None
+    failed_run(bundle)
+    rules = check_bundle(bundle, handed_in=True).as_dict("en")["rules"]
+    told = {"status": False, "file": True}
+    assert {rule: holds for rule, holds in rules.items() if holds is not None} == told and "draft" in rules
 
 
 def test_every_rule_is_broken_by_some_mutation_and_has_its_words() -> None:

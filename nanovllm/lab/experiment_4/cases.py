@@ -12,6 +12,7 @@ repeat goes through the same runs backwards.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ CASES = ("short_ctx", "long_ctx", "mixed_ctx")
 ARMS = ("base", "roomy", "tight")
 RUNS = (*(("base", case) for case in CASES), *(("roomy", case) for case in CASES), ("tight", "short_ctx"))
 MIN_REPEATS = 3
+LAB_VERSION = 2  # of the plan, the criteria and the wording: a bundle is checked by the version that made it
+WARMUP = "one request of either length on the roomy pool, not recorded"
 BLOCK_SIZE = 16
 SHARED_LEN = 32  # all prompts begin with one system prompt: something for an observe-only probe to see
 ENGINE = {  # one prompt a step, whole: T_prefill is then one step's time, whoever else is there
@@ -74,6 +77,11 @@ class Size:
 
 FULL = Size(64, 512, 40, 16, 8, base_blocks=112, tight_blocks=24, roomy_blocks=320)
 QUICK = Size(48, 160, 20, 8, 4, base_blocks=28, tight_blocks=13, roomy_blocks=64)
+
+
+def size_of(manifest: Mapping[str, Any]) -> Size:
+    """The size that a bundle's manifest names."""
+    return QUICK if manifest.get("quick") is True else FULL
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ same tokens once on either pool, and averaged: with a pool that is too small som
     on the tight pool) holds where all of these do:
       wall      with the small pool blocks were waited for, with the large one they never were
       queue     T_queue falls in every repeat, and by more than runs of one arm differ
-      prefill   T_prefill stays: its change is at most PREFILL_SHARE of T_queue's
+      prefill   T_prefill stays: its change is at most PREFILL_SHARE of T_queue's, or at most what two runs of
+                one arm differ by, whichever is more; and in any case at most SELF_SHARE of T_prefill itself
       ttft      TTFT falls in every repeat
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 from nanovllm.lab.experiment_4.cases import CASES
 
 HOLDS, REFUTED, NOT_TESTED = "holds", "refuted", "not tested"
-PREFILL_SHARE = 0.1
+PREFILL_SHARE, SELF_SHARE = 0.1, 0.5
 TERMS = ("T_queue", "T_prefill", "TTFT")
 LINKS = (  # name, how to read it off a row of the capacity table, and whether it grows along the chain
     ("context", lambda row: row["prompt_len"]["value"][-1], True),
@@ -53,6 +54,7 @@ def make_chain(rows: list[dict[str, Any]], terms: Mapping[str, Terms], table: li
         "interventions": interventions,
         "reverse": reverse,
         "prefill_share": PREFILL_SHARE,
+        "self_share": SELF_SHARE,
     }
 
 
@@ -69,16 +71,26 @@ def _intervention(
     a, b = ([terms[row["run"]] for row in of_arm] for of_arm in (of_small, of_large))
     changes = {term: _change(a, b, term, of_small[0]["label"]) for term in TERMS}
     queue, prefill = changes["T_queue"], changes["T_prefill"]
+    bound = _prefill_bound(queue, prefill)
     is_wall = pools[0]["pool_waits"] > 0
     tests = {
         "wall": is_wall and pools[1]["pool_waits"] == 0,
         "queue": max(queue["change_of_repeats"]) < 0 and -queue["change"] > queue["same_arm"],
-        "prefill": abs(prefill["change"]) <= PREFILL_SHARE * abs(queue["change"]),
+        "prefill": abs(prefill["change"]) <= bound["ms"],
         "ttft": max(changes["TTFT"]["change_of_repeats"]) < 0,
     }
     verdict = NOT_TESTED if not is_wall else HOLDS if all(tests.values()) else REFUTED
     sides = {"small_pool": pools[0], "large_pool": pools[1]}
-    return {"case": case, **sides, "is_wall": is_wall, **changes, "tests": tests, "verdict": verdict}
+    judged = {"prefill_bound": bound, "tests": tests, "verdict": verdict}
+    return {"case": case, **sides, "is_wall": is_wall, **changes, **judged}
+
+
+def _prefill_bound(queue: dict[str, Any], prefill: dict[str, Any]) -> dict[str, Any]:
+    """How far T_prefill may change and still be said to stay, milliseconds, and which of the three bounds that is."""
+    share, noise = PREFILL_SHARE * abs(queue["change"]), prefill["same_arm"]
+    found = {"ms": round(max(share, noise), 3), "of": "T_queue" if share >= noise else "same_arm"}
+    most = round(SELF_SHARE * prefill["small_pool"], 3)
+    return {"ms": most, "of": "T_prefill"} if most < found["ms"] else found
 
 
 def _pool(arm: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

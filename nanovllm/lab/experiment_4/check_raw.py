@@ -1,6 +1,6 @@
 """The raw logs of a bundle: are they there, whole, and of the experiment that the manifest names?
 
-What it is: rules raw, repeats, order, pool, and manifest against headers. What it knows
+What it is: rules raw, repeats, order and pool. What it knows
 nothing about: tables. Invariants: nothing of the manifest is believed that a recording can
 tell; a log that cannot be read is one finding and ends nothing else.
 """
@@ -13,17 +13,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nanovllm.core.events import RequestEvent
 from nanovllm.errors import InvalidRequestError
-from nanovllm.lab.experiment_4.cases import ARMS, FULL, MIN_REPEATS, RUNS, SHARED_LEN, PlannedRun, Size, plan
+from nanovllm.lab.bundle import RAW
+from nanovllm.lab.experiment_4.cases import MIN_REPEATS, RUNS, PlannedRun, Size, plan
 from nanovllm.lab.experiment_4.figures import TOKEN_STAGES
-from nanovllm.lab.experiment_4.tables import RecordedRun, header_facts, read_run
-from nanovllm.lab.findings import Finding, differences
+from nanovllm.lab.experiment_4.tables import RecordedRun, read_run
+from nanovllm.lab.findings import Finding
 from nanovllm.observe.paths import RequestPath
+from nanovllm.observe.prefix_trace import read_prefix_trace
 
 MANIFEST = "manifest.json"
 STAGES = ("entered", "queued", "scheduled", "prefill_begin", "prefill_end", "first_handover", "output_complete")
-MAX_TOKENS = 10**6  # of one run's prompts
-VOCAB = 256  # lengths do not depend on it
+VOCAB = 256  # neither lengths nor which blocks are equal depend on it
 
 
 def planned_runs(manifest: dict[str, Any]) -> list[PlannedRun]:
@@ -38,19 +40,7 @@ def planned_runs(manifest: dict[str, Any]) -> list[PlannedRun]:
     return runs if is_sound else []
 
 
-def size_of(manifest: dict[str, Any]) -> Size:
-    """The size the run says it had, or the full one where it says nothing that makes sense."""
-    told = manifest.get("size")
-    if not isinstance(told, dict) or told.keys() != vars(FULL).keys():
-        return FULL
-    if not all(type(value) is int and 1 <= value <= MAX_TOKENS for value in told.values()):
-        return FULL
-    lengths = (told["short_len"], told["long_len"])
-    is_sound = min(lengths) > SHARED_LEN and max(lengths) * told["requests"] <= MAX_TOKENS
-    return Size(**told) if is_sound else FULL
-
-
-def check_plan(manifest: dict[str, Any], runs: list[PlannedRun]) -> Iterator[Finding]:
+def check_plan(runs: list[PlannedRun]) -> Iterator[Finding]:
     """Three repeats of each case and arm, each second one backwards."""
     repeats = min(Counter((run.arm, run.case) for run in runs).get(one, 0) for one in RUNS)
     if repeats < MIN_REPEATS:
@@ -59,10 +49,6 @@ def check_plan(manifest: dict[str, Any], runs: list[PlannedRun]) -> Iterator[Fin
         first = next((i for i, (a, b) in enumerate(zip(runs, wanted)) if a != b), min(len(runs), len(wanted)))
         names = [of[first].name if first < len(of) else "-" for of in (runs, wanted)]
         yield Finding("order", MANIFEST, *names)
-    size = size_of(manifest)
-    told = {"size": manifest.get("size"), "pools": manifest.get("pools")}
-    for path, found, value in differences(told, {"size": vars(size), "pools": {arm: size.pool(arm) for arm in ARMS}}):
-        yield Finding("manifest", f"{MANIFEST} {path}", str(found), str(value))
 
 
 def read_all(folder: Path, runs: list[PlannedRun]) -> tuple[list[RecordedRun], list[Finding]]:
@@ -76,7 +62,7 @@ def read_all(folder: Path, runs: list[PlannedRun]) -> tuple[list[RecordedRun], l
     return recorded, findings
 
 
-def check_run(run: RecordedRun, size: Size, seed: int) -> Iterator[Finding]:
+def check_run(folder: Path, run: RecordedRun, size: Size, seed: int) -> Iterator[Finding]:
     """One run: nothing lost, every request whole, and the requests of the seed on the arm's pool."""
     name, recording = run.planned.name, run.replay.recording
     yield from (Finding("raw", name, remark) for remark in recording.remarks)
@@ -93,8 +79,39 @@ def check_run(run: RecordedRun, size: Size, seed: int) -> Iterator[Finding]:
         yield Finding(
             "raw", name, f"request {first} is not the seed's: {found.get(first)}, not {prompts.get(first)} tokens"
         )
+    yield from _check_prefixes(folder, run, size, seed)
     for path in run.replay.paths.values():
         yield from _check_request(name, path, lengths.get(path.request_id, path.generated_len))
+
+
+def _check_prefixes(folder: Path, run: RecordedRun, size: Size, seed: int) -> Iterator[Finding]:
+    """The prefix trace names the blocks of the seed's prompts, in the order in which they entered."""
+    prompts = {
+        request.request_id: [token for part in request.parts for token in part.token_ids]
+        for request in size.workload(run.planned.case, seed, VOCAB).requests
+    }
+    events = [event for event in run.replay.recording.events if isinstance(event, RequestEvent)]
+    entered = [event.request_id for event in events if event.stage == "entered"]
+    rows = list(read_prefix_trace(folder / RAW / f"{run.planned.name}.prefixes.jsonl"))
+    found = [(row.input_length, row.hash_ids, row.namespace) for row in rows]
+    wanted = list(_block_names([prompts.get(name, []) for name in entered], run.replay.recording.header.block_size))
+    if found != wanted:
+        first = next((i for i, (a, b) in enumerate(zip(found, wanted)) if a != b), min(len(found), len(wanted)))
+        yield Finding("raw", f"{run.planned.name}.prefixes", f"row {first + 1} is not of the seed's prompts")
+    moments = [row.timestamp_ms for row in rows]
+    if moments != sorted(moments):
+        yield Finding("raw", f"{run.planned.name}.prefixes", "it goes back in time")
+
+
+def _block_names(prompts: list[list[int]], block_size: int) -> Iterator[tuple[int, tuple[int, ...], str]]:
+    """(length, block numbers, namespace) of each prompt; blocks are numbered as they are first seen."""
+    names: dict[tuple[int, tuple[int, ...]], int] = {}
+    for tokens in prompts:
+        parent, numbers = -1, list[int]()
+        for start in range(0, len(tokens), block_size):
+            parent = names.setdefault((parent, tuple(tokens[start : start + block_size])), len(names))
+            numbers.append(parent)
+        yield len(tokens), tuple(numbers), ""
 
 
 def _check_request(run: str, path: RequestPath, output_len: int) -> Iterator[Finding]:
@@ -114,14 +131,8 @@ def _check_request(run: str, path: RequestPath, output_len: int) -> Iterator[Fin
         yield Finding("raw", run, f"{path.name} goes back in time")
 
 
-def check_headers(manifest: dict[str, Any], recorded: list[RecordedRun]) -> Iterator[Finding]:
-    """The manifest's facts are every recording's, and runs that were measured came in its order."""
-    for run in recorded:
-        for path, found, value in differences(manifest.get("run"), header_facts(run), "run"):
-            yield Finding("manifest", f"{MANIFEST} {path} ({run.planned.name})", str(found), str(value))
-    for name in ("seed", "command"):
-        if recorded and manifest.get(name) != (value := getattr(recorded[0].replay.recording.header, name)):
-            yield Finding("manifest", f"{MANIFEST} {name}", str(manifest.get(name)), str(value))
+def check_sequence(recorded: list[RecordedRun]) -> Iterator[Finding]:
+    """Runs that were measured came in the manifest's order."""
     for before, after in pairwise(recorded):
         a, b = before.replay.recording, after.replay.recording
         if a.label == b.label == "measured" and b.start_ns < a.end_ns:

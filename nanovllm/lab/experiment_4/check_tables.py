@@ -28,8 +28,8 @@ PLACES = (  # where in tables.json a difference breaks which rule; the first tha
     (re.compile(r"^probe\..*\.(label|statement)$"), "probe"),
     (re.compile(r"^statement"), "statement"),
     (re.compile(r"(^|\.)label$"), "label"),
-    (re.compile(r"bound|counted_error_blocks|formula"), "bound"),
     (re.compile(r"^chain"), "chain"),
+    (re.compile(r"bound|counted_error_blocks|formula"), "bound"),
 )
 
 

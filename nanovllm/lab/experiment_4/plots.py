@@ -38,6 +38,26 @@ def draw(folder: Path, tables: dict[str, Any], recorded: list[RecordedRun]) -> N
             figure.savefig(folder / name, metadata={"Date": None})
 
 
+def words(name: str, tables: dict[str, Any]) -> list[str]:
+    """What stands written in a picture and tells of which run, pool and label it is."""
+    if name == RESIDENCY:
+        titles = [f"{case} (run {_first(tables, case)})" for case in CASES]
+        return [*titles, _residency_title(tables), "waits (T_queue)", "blocks in use", "seconds"]
+    chain = tables["chain"]
+    found = [*chain["interventions"], chain["reverse"]]
+    sides = [one[side] for one in found for side in ("small_pool", "large_pool")]
+    pools = [text for side in sides for text in (side["arm"], f"{side['num_blocks']} blocks")]
+    return [*(f"{one['case']}: {one['verdict']}" for one in found), *pools, f"ms, mean ({tables['label']})"]
+
+
+def _first(tables: dict[str, Any], case: str) -> str:
+    return next(str(run["run"]) for run in tables["runs"] if (run["arm"], run["case"]) == ("base", case))
+
+
+def _residency_title(tables: dict[str, Any]) -> str:
+    return f"Who waits, and who holds state ({tables['label']}); one pool of {tables['total_blocks']['pool']} blocks"
+
+
 def _residency(figure: Figure, tables: dict[str, Any], recorded: list[RecordedRun]) -> None:
     """Above each request's wait and residency, below the blocks in use, for the first run of each case."""
     axes = figure.subplots(2, 3, height_ratios=(2.2, 1), sharex=True)
@@ -49,9 +69,7 @@ def _residency(figure: Figure, tables: dict[str, Any], recorded: list[RecordedRu
     axes[0, 0].set_ylabel("request, in order of arrival")
     axes[1, 0].set_ylabel("blocks in use")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.suptitle(
-        f"Who waits, and who holds state ({tables['label']}); one pool of {tables['total_blocks']['pool']} blocks"
-    )
+    figure.suptitle(_residency_title(tables))
 
 
 def _lanes(axes: Axes, run: RecordedRun) -> None:

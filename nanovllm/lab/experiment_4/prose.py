@@ -7,6 +7,7 @@ person's judgement is marked as a draft where it is written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nanovllm.lab.experiment_4.chain import HOLDS
@@ -52,6 +53,8 @@ def change_line(lang: Lang, one: dict[str, Any]) -> str:
         queue=f"{one['T_queue']['change']:+.1f}",
         noise=f"{one['T_queue']['same_arm']:.1f}",
         prefill=f"{one['T_prefill']['change']:+.1f}",
+        bound=f"{one['prefill_bound']['ms']:.1f}",
+        of=one["prefill_bound"]["of"],
         ttft=f"{one['TTFT']['change']:+.1f}",
         label=one["TTFT"]["label"],
         verdict=one["verdict"],
@@ -82,7 +85,7 @@ def basis(lang: Lang, run: RecordedRun, path: RequestPath) -> dict[str, str]:
     }
 
 
-def anomalies(lang: Lang, tables: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+def anomalies(lang: Lang, tables: dict[str, Any], facts: Mapping[str, Any]) -> list[str]:
     """What a reader must know before believing the figures."""
     machine, found = facts["environment"], []
     loads = [machine["load_average_before"][0], machine["load_average_after"][0]]

@@ -3,11 +3,12 @@
 What it is: README.md, results.csv, notes.md, submission.md and the diagrams. What it knows
 nothing about: engines, how figures come about. Invariants: a figure is never written without
 its label; the approximation bound and the probe's statement stand where the figures stand; a
-chain that failed is reported as refuted.
+chain that failed is reported as refuted; `check` makes the same texts again and compares.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nanovllm.lab.bundle import DIAGRAMS, NOTES, README, RESULTS, SUBMISSION, Bundle
@@ -26,25 +27,33 @@ LIFECYCLE = "kv_lifecycle"
 
 def write(bundle: Bundle, tables: dict[str, Any], recorded: list[RecordedRun], lang: Lang) -> None:
     """All of them."""
+    for name, text in texts(tables, recorded, bundle.facts, lang).items():
+        bundle.write(name, text)
+    plots.draw(bundle.path(DIAGRAMS), tables, recorded)
+
+
+def texts(tables: dict[str, Any], recorded: list[RecordedRun], facts: Mapping[str, Any], lang: Lang) -> dict[str, str]:
+    """Every text that the tables and the manifest's facts give, by its name in the bundle: same in, same out."""
     shown = next(run for run in recorded if (run.planned.arm, run.planned.case) == ("base", "long_ctx"))
     path = _waited_most(shown)
-    bundle.write(f"{DIAGRAMS}/{LIFECYCLE}.mmd", sequence_diagram.mermaid(shown.replay, path, lang))
-    bundle.write(f"{DIAGRAMS}/{LIFECYCLE}.svg", sequence_diagram.svg(shown.replay, path))  # no Chinese font, no boxes
-    plots.draw(bundle.path(DIAGRAMS), tables, recorded)
     explanations = [draft(lang, prose.explanation(lang, tables, row)) for row in tables["capacity_table"]]
-    bundle.write(RESULTS, as_csv(tables["capacity_table"], explanations))
-    bundle.write(NOTES, _notes(lang, tables, bundle.facts))
-    bundle.write(README, _readme(lang, tables, bundle.facts, explanations, shown, path))
     filled = Filled(
-        date=str(bundle.facts["started"])[:10],
-        environment=_environment(bundle.facts, shown),
+        date=str(facts["started"])[:10],
+        environment=_environment(facts, shown),
         basis=prose.basis(lang, shown, path),
         rows=tables["capacity_table"],
         explanations=explanations,
         chain=prose.chain_line(lang, tables),
         statement=_statement(lang, tables["label"]),
     )
-    bundle.write(SUBMISSION, render(lang, filled))
+    return {
+        f"{DIAGRAMS}/{LIFECYCLE}.mmd": sequence_diagram.mermaid(shown.replay, path, lang),
+        f"{DIAGRAMS}/{LIFECYCLE}.svg": sequence_diagram.svg(shown.replay, path),  # no Chinese font, no boxes
+        RESULTS: as_csv(tables["capacity_table"], explanations),
+        NOTES: _notes(lang, tables, facts),
+        README: _readme(lang, tables, facts, explanations, shown, path),
+        SUBMISSION: render(lang, filled),
+    }
 
 
 def _waited_most(run: RecordedRun) -> RequestPath:
@@ -52,7 +61,7 @@ def _waited_most(run: RecordedRun) -> RequestPath:
     return max(run.replay.paths.values(), key=lambda path: path.timeline.t_queue_ns or 0)
 
 
-def _environment(facts: dict[str, Any], run: RecordedRun) -> str:
+def _environment(facts: Mapping[str, Any], run: RecordedRun) -> str:
     header, machine = run.replay.recording.header, facts["environment"]
     return (
         f"{header.model}, {header.dtype}, {header.label}; {machine['processor']}, {machine['logical_cpus']} CPUs, "
@@ -67,7 +76,7 @@ def _statement(lang: Lang, label: str) -> dict[str, str]:
     return {name: say(lang, key) for name, key in keys.items()}
 
 
-def _notes(lang: Lang, tables: dict[str, Any], facts: dict[str, Any]) -> str:
+def _notes(lang: Lang, tables: dict[str, Any], facts: Mapping[str, Any]) -> str:
     lines = [f"# {say(lang, 'notes_title')}", "", f"## {say(lang, 'notes_anomalies')}", ""]
     lines += [f"- {text}" for text in prose.anomalies(lang, tables, facts)]
     lines += ["", f"## {say(lang, 'notes_overturn')}", "", f"- {say(lang, 'overturn_chain')}"]
@@ -78,7 +87,7 @@ def _notes(lang: Lang, tables: dict[str, Any], facts: dict[str, Any]) -> str:
 def _readme(
     lang: Lang,
     tables: dict[str, Any],
-    facts: dict[str, Any],
+    facts: Mapping[str, Any],
     explanations: list[str],
     run: RecordedRun,
     path: RequestPath,
@@ -98,7 +107,7 @@ def _readme(
     return f"# {say(lang, 'readme_title')}\n\n{body}"
 
 
-def _how_it_ran(lang: Lang, facts: dict[str, Any], run: RecordedRun) -> str:
+def _how_it_ran(lang: Lang, facts: Mapping[str, Any], run: RecordedRun) -> str:
     header = run.replay.recording.header
     commit = f"{facts['commit']}{' (dirty)' if facts['dirty'] else ''}"
     lines = [
@@ -135,7 +144,7 @@ def _chain(lang: Lang, tables: dict[str, Any]) -> str:
     chain = tables["chain"]
     tried = [*chain["interventions"], chain["reverse"]]
     lines = [f"- {prose.change_line(lang, one)}" for one in tried]
-    rule = say(lang, "chain_rule", share=f"{chain['prefill_share']:.0%}")
+    rule = say(lang, "chain_rule", share=f"{chain['prefill_share']:.0%}", own=f"{chain['self_share']:.0%}")
     return "\n".join([prose.chain_line(lang, tables), "", rule, "", *lines])
 
 

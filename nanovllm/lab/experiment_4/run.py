@@ -15,10 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import ExecutionError
-from nanovllm.lab.bundle import RAW, TABLES, Bundle
+from nanovllm.lab.bundle import DIAGRAMS, RAW, TABLES, Bundle
 from nanovllm.lab.environment import code_facts, environment, load_average, now
 from nanovllm.lab.experiment_4 import report
-from nanovllm.lab.experiment_4.cases import ARMS, CASES, ENGINE, FULL, QUICK, PlannedRun, Size, plan
+from nanovllm.lab.experiment_4.cases import (
+    ARMS,
+    CASES,
+    ENGINE,
+    FULL,
+    LAB_VERSION,
+    QUICK,
+    WARMUP,
+    PlannedRun,
+    Size,
+    plan,
+)
 from nanovllm.lab.experiment_4.check import EXPERIMENT
 from nanovllm.lab.experiment_4.engines import EngineSource, open_source
 from nanovllm.lab.experiment_4.feed import feed
@@ -30,7 +41,6 @@ from nanovllm.observe.recording_writer import JsonlWriter
 from nanovllm.observe.wording import Lang
 
 MAX_RAW_BYTES = 2**21  # of one recording
-LAB_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def _facts(settings: Settings, command: str) -> dict[str, Any]:
         "quick": settings.quick,
         "seed": settings.seed,
         "repeats": settings.repeats,
-        "warmup": "one request of either length on the roomy pool, not recorded",
+        "warmup": WARMUP,
         "order": [planned.as_dict() for planned in plan(settings.repeats)],
         "pools": {arm: size.pool(arm) for arm in ARMS},
         "size": vars(size),
@@ -146,5 +156,6 @@ def _conclude(
         bundle.write(f"{RAW}/observer.py", observation.path.read_text(encoding="utf-8"))
     bundle.write_json(TABLES, tables)
     report.write(bundle, tables, recorded, settings.lang)
+    bundle.facts["diagrams"] = sorted(path.name for path in bundle.path(DIAGRAMS).iterdir())
     bundle.finish()
     return tables

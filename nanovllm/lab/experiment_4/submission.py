@@ -19,6 +19,7 @@ from nanovllm.lab.bundle import SUBMISSION
 from nanovllm.lab.experiment_4.cells import cells
 from nanovllm.lab.experiment_4.check_tables import compare_cells
 from nanovllm.lab.experiment_4.claims import speaks_of_a_probe
+from nanovllm.lab.experiment_4.reference import names_of
 from nanovllm.lab.experiment_4.template import DRAFT_MARKS, EXTENSION, IDENTITY, LIFECYCLE, STATEMENT
 from nanovllm.lab.findings import Finding
 
@@ -53,7 +54,7 @@ SCOPE = {
 MIN_ARROWS = 3
 
 
-def check(text: str, rows: Sequence[dict[str, Any]], observer: Any, folder: Path) -> Iterator[Finding]:
+def check(text: str, drafts: str, rows: Sequence[dict[str, Any]], observer: Any, folder: Path) -> Iterator[Finding]:
     """Every rule that the text breaks. `rows` are those of the capacity table."""
     parts = parts_of(text)
     yield from _empty(parts, "12.1", IDENTITY, "identity")
@@ -131,18 +132,11 @@ def has_symbol(file: str, symbol: str) -> bool:
     except (SyntaxError, ValueError, RecursionError):  # a student's file may be anything
         return False
     for name in symbol.split("."):
-        node = next((node for node in level if name in _names(node)), None)
+        node = next((node for node in level if name in names_of(node)), None)
         if node is None:
             return False
         level = list(node.body) if isinstance(node, ast.ClassDef) else []
     return True
-
-
-def _names(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _capacity(parts: Mapping[str, str], rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,5 +163,9 @@ def test_tables_for_people_are_harmless(nanovllm: Run, tmp_path: Path) -> None:
     assert "a [bold]name[/]" in nanovllm("state", "ls", *where, COLUMNS="160").stdout
 
 
-def test_every_verb_has_a_path() -> None:
+@pytest.mark.parametrize("page", ["state.md", "state.zh.md"])
+def test_every_verb_has_a_path_and_is_on_the_page(page: str) -> None:
     assert {command.name for command in state.registered_commands} == set(_PATHS)
+    text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
+    (listed,) = re.findall(r"`nanovllm state ([a-z|]+)`", text)
+    assert set(listed.split("|")) == set(_PATHS)

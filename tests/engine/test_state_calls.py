@@ -156,3 +156,19 @@ def test_a_refused_put_brings_its_receipt() -> None:
     with pytest.raises(StateRefusedError) as refused:
         result_of(answers[0], "put")
     assert answers[0].call_id == 7 and refused.value.receipt is not None and not refused.value.receipt.ok
+
+
+def test_a_bundle_that_no_frame_would_hold_is_refused_on_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent, it would end a child process's pipe."""
+    from nanovllm.engine import state_calls
+    from nanovllm.state.store import StateStore
+
+    store, answers = StateStore.open(), []
+    state_id = store.put("text")
+    bundle = store.export(state_id)
+    monkeypatch.setattr(state_calls, "WIRE_BYTES", len(bundle) - 1)
+    with pytest.raises(InvalidRequestError, match="pass at once"):
+        state_calls.call_of(1, "import_", {"bundle": bundle})
+    state_calls.apply_call(store, state_calls.call_of(2, "export", {"state_id": state_id}), answers.append)
+    with pytest.raises(InvalidRequestError, match="pass at once"):
+        state_calls.result_of(answers[0], "export")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_a_user_is_kept_out_and_bodies_are_bounded(live: LiveServer) -> None:
     refused(live.ask("POST", OBJECTS, b" " * (8 * 2**20 + 1)), 413, "payload_too_large")
     assert live.ask("DELETE", f"{OBJECTS}/{state_id}").status == 200
     assert_at_rest(live)
+
+
+def test_an_engine_that_does_not_answer_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(verb: str, **arguments: Any) -> Any:
+        await asyncio.Event().wait()
+
+    with running(request_timeout=0.05) as live:
+        monkeypatch.setattr(live.services.engine, "call_state", never)
+        refused(live.get(OBJECTS), 504, "deadline_exceeded")
+        refused(post(live, "/state/verify"), 504, "deadline_exceeded")
+        assert_at_rest(live)
 
 
 @pytest.mark.parametrize("page", ["state.md", "state.zh.md"])

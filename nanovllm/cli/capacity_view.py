@@ -1,17 +1,18 @@
 """A capacity document as text for people.
 
-What it is: lines and one table. What it knows nothing about: how the figures came
+What it is: lines and tables. What it knows nothing about: how the figures came
 about. Invariants: every figure is the document's; each section says its label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from nanovllm.cli.fitted_table import Column, fitted
 
 LIMITS_NOTE = (
     "The engine admits by known tokens and keeps room for growth: between the two concurrencies some wait or are "
@@ -32,11 +33,19 @@ _SHARES = {
     "  filled later": ("reserved",),
     "  internal fragmentation": ("internal",),
     "external fragmentation": ("external",),
+    "kept as headroom": ("headroom",),
     "free": ("free",),
 }
 LEGEND = (
     "Shares of slots, means over the ticks at which somebody waits. Internal fragmentation: given out, never filled; "
-    "external: free, but in holes too short for the next request. Failed admissions: ticks at which it got no room."
+    "external: free, but in holes too short for the next request; headroom: free and enough for it, but kept so that "
+    "who is live can grow. Failed admissions: ticks at which it got no room."
+)
+ORACLE_NOTE = (
+    "reserve-exact is an oracle: it is told every output's length, as no allocator in use can be, and so needs no room "
+    "to grow. paged is the engine's rule: at admission it keeps one block free for each live request, which weighs "
+    "most where requests are small; there it may hold fewer of them than the oracle. The same pages without "
+    "headroom stand beside it: what they hold more is paid for with preemptions."
 )
 
 
@@ -46,7 +55,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     for name, text in [*_arithmetic(report), *_concurrency(report), *_ledger(report)]:
         console.print(f"[bold]{name:<22}[/]{escape(text)}")
     console.print()
-    console.print(_block_sizes(report), soft_wrap=False)
+    _print_table(console, "by block size (estimated)", _block_sizes(report))
     console.print(f"\n{LIMITS_NOTE}")
     for name, text in [*_sharing(report), *_weights(report)]:
         console.print(f"[bold]{name:<22}[/]{escape(text)}")
@@ -58,18 +67,22 @@ def _print_comparison(console: Console, found: Mapping[str, Any]) -> None:
     """The allocators side by side; shares are those of the ticks at which somebody waits."""
     work, rows = found["workload"], found["allocators"]
     title = f"{work['name']}, {work['requests']:,} requests, {found['capacity_tokens']:,} token slots (simulated)"
-    table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
-    table.add_column("")
-    for row in rows:
-        table.add_column(row["allocator"], justify="right")
-    for name, key in _COUNTS.items():
-        table.add_row(name, *(f"{row[key]:,.1f}" if isinstance(row[key], float) else f"{row[key]:,}" for row in rows))
-    for name, kinds in _SHARES.items():
-        shares = (row["shares_while_somebody_waits"] or row["shares"] for row in rows)
-        table.add_row(name, *(f"{sum(share[kind] for kind in kinds):.1%}" for share in shares))
+    shares = [row["shares_while_somebody_waits"] or row["shares"] for row in rows]
+    columns = [Column("", [*_COUNTS, *_SHARES])]
+    for row, share in zip(rows, shares):
+        counts = [f"{row[key]:,.1f}" if isinstance(row[key], float) else f"{row[key]:,}" for key in _COUNTS.values()]
+        parts = [f"{sum(share[kind] for kind in kinds):.1%}" for kinds in _SHARES.values()]
+        columns.append(Column(row["allocator"], [*counts, *parts]))
     console.print()
-    console.print(table, soft_wrap=False)
+    _print_table(console, title, columns)
     console.print(escape(f"{LEGEND} {found['note']}."))
+    console.print(escape(ORACLE_NOTE))
+
+
+def _print_table(console: Console, title: str, columns: Sequence[Column]) -> None:
+    console.print(f"[italic]{escape(title)}[/]")
+    for line in fitted(columns, console.width):
+        console.print(escape(line))
 
 
 def _arithmetic(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -122,18 +135,21 @@ def _ledger(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("full of them", f"{shown}; {ledger['used_share']:.2%} of theoretical capacity holds tokens (estimated)")]
 
 
-def _block_sizes(report: Mapping[str, Any]) -> Table:
-    shares = "sharing" in report
-    names = ["block size", "blocks", "blocks a request", "empty slots", "fit after prefill", "fit at end", "used"]
-    table = Table(box=None, padding=(0, 1, 0, 0), title="by block size (estimated)", title_justify="left")
-    for name in [*names, *(["potential at end, shared"] if shares else [])]:
-        table.add_column(name, justify="right")
-    for row in report["block_sizes"]:
-        numbers = [row[key] for key in ("block_size", "num_blocks", "blocks_per_request", "empty_slots")]
-        numbers += [row["after_prefill"], row["at_end"]]
-        cells = [*(f"{number:,}" for number in numbers), f"{row['used_share']:.2%}"]
-        table.add_row(*cells, *([f"{row['at_end_shared']:,}"] if shares else []))
-    return table
+def _block_sizes(report: Mapping[str, Any]) -> list[Column]:
+    rows = report["block_sizes"]
+    keys = {
+        "block size": "block_size",
+        "blocks": "num_blocks",
+        "blocks a request": "blocks_per_request",
+        "empty slots": "empty_slots",
+        "fit after prefill": "after_prefill",
+        "fit at end": "at_end",
+    }
+    columns = [Column(name, [f"{row[key]:,}" for row in rows]) for name, key in keys.items()]
+    columns.append(Column("used", [f"{row['used_share']:.2%}" for row in rows]))
+    if "sharing" in report:
+        columns.append(Column("potential at end, shared", [f"{row['at_end_shared']:,}" for row in rows]))
+    return columns
 
 
 def _sharing(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg")
-LINES = (("#D55E00", "-"), ("#0072B2", "--"), ("#CC79A7", ":"), ("#000000", "-"))
-KIND_COLOURS = ("#009E73", "#F0E442", "#D55E00", "#CC79A7", "#DDDDDD")
-KIND_NAMES = ("used", "reserved for later", "internal fragmentation", "external fragmentation", "free")
+LINES = (("#D55E00", "-"), ("#0072B2", "--"), ("#CC79A7", ":"), ("#000000", "-"), ("#009E73", "-."))
+KIND_COLOURS = ("#009E73", "#F0E442", "#D55E00", "#CC79A7", "#56B4E9", "#DDDDDD")
+KIND_NAMES = (
+    "used",
+    "reserved for later",
+    "internal fragmentation",
+    "external fragmentation",
+    "kept as headroom",
+    "free",
+)
+SHOWN_AS = {"reserve-exact": "reserve-exact (oracle)"}  # it is told what no allocator in use can know
 PNG_DPI = 130
 
 
@@ -60,9 +68,10 @@ def _title(document: dict[str, Any]) -> str:
 
 def _concurrency(axes: Axes, replays: Sequence[Replay]) -> None:
     end = _shown_ticks([len(one.samples) for one in replays])
-    for (colour, dashes), one in zip(LINES, replays):
+    for (colour, dashes), one in zip(LINES, replays, strict=True):
         live = [sample.live for sample in one.samples]
-        name = one.allocator if len(live) <= end else f"{one.allocator} (goes on to {len(live):,})"
+        name = SHOWN_AS.get(one.allocator, one.allocator)
+        name += "" if len(live) <= end else f" (goes on to {len(live):,})"
         axes.step(range(len(live) + 1), [*live, 0], where="post", color=colour, linestyle=dashes, label=name)
     axes.set_xlabel("tick (one decode step)")
     axes.set_ylabel("requests that hold KV")
@@ -84,7 +93,10 @@ def _slots(axes: Axes, replays: Sequence[Replay]) -> None:
     rows = [one.summary() for one in replays]
     shares = [row["shares_while_somebody_waits"] or row["shares"] for row in rows]
     left = [0.0] * len(rows)
-    names = [f"{row['allocator']}\n{row['failed_admissions']:,} failed admissions" for row in rows]
+    names = [
+        f"{SHOWN_AS.get(row['allocator'], row['allocator'])}\n{row['failed_admissions']:,} failed admissions"
+        for row in rows
+    ]
     for kind, colour, name in zip(KINDS, KIND_COLOURS, KIND_NAMES, strict=True):
         widths = [100 * share[kind] for share in shares]
         bars = axes.barh(names, widths, left=left, color=colour, edgecolor="white", label=name)

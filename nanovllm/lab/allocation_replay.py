@@ -10,10 +10,11 @@ The words are those of the PagedAttention paper (arXiv 2309.06180, figure 3). At
     internal  internal fragmentation: given to a request that will never fill it; known at its end
     external  external fragmentation: free, and with the other free slots enough for the head of the line, but in
               holes that are each too short for it; only while that head waits
+    headroom  free, and enough for the head of the line, but kept so that who is live can grow; only while it waits
     free      free otherwise
 Reservation waste is reserved and internal together: what is given out and empty.
 
-Invariants: the five add up to the capacity at every tick; every request ends in exactly one of served and refused;
+Invariants: the six add up to the capacity at every tick; every request ends in exactly one of served and refused;
 where somebody cannot grow, the last admitted gives way, keeps its tokens and goes to the front of the line.
 """
 
@@ -31,7 +32,7 @@ from nanovllm.lab.workloads import Workload
 LABEL = "simulated"
 NOTE = "One tick is a decode step, a prefill takes one; first come first served; prefix sharing is off"
 TICK_NS = 20 * 10**6
-KINDS = ("used", "reserved", "internal", "external", "free")
+KINDS = ("used", "reserved", "internal", "external", "headroom", "free")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Sample:
     reserved: int
     internal: int
     external: int
+    headroom: int
     free: int
 
 
@@ -198,15 +200,14 @@ class _Replayer:
         held = {key: self._allocator.held(key) for key in self._live}
         used = sum(demand.prompt + self._generated[key] - 1 for key, demand in self._live.items())
         to_be_used = sum(min(held[key], demand.final) for key, demand in self._live.items())
-        external = 0
+        external = headroom = 0
         if is_stuck:
-            head = self._line[0]
-            external = self._allocator.stranded(self._tokens_after_step(head.key), head.final)
+            head, known = self._line[0], self._tokens_after_step(self._line[0].key)
+            external, headroom = self._allocator.stranded(known, head.final), self._allocator.headroom(known)
         given = sum(held.values())
-        free = self._allocator.capacity - given - external
-        self._done.samples.append(
-            Sample(len(self._live), len(self._line), used, to_be_used - used, given - to_be_used, external, free)
-        )
+        empty = (to_be_used - used, given - to_be_used, external, headroom)
+        free = self._allocator.capacity - given - external - headroom
+        self._done.samples.append(Sample(len(self._live), len(self._line), used, *empty, free))
 
     def _end(self) -> None:
         for key, demand in list(self._live.items()):
@@ -229,7 +230,8 @@ def compare_contiguous(
     """The workload under every reservation and under pages, with the same slots: the document, and all samples."""
     capacity, demands = num_blocks * block_size, demands_of(workload)
     allocators: list[Allocator] = [Contiguous(name, capacity, max_len=max_len, guess=guess) for name in RESERVATIONS]
-    replays = [replay(allocator, demands) for allocator in (*allocators, Paged(num_blocks, block_size))]
+    allocators += [Paged(num_blocks, block_size, keeps_headroom=keeps) for keeps in (True, False)]
+    replays = [replay(allocator, demands) for allocator in allocators]
     document = {
         "label": LABEL,
         "note": NOTE,

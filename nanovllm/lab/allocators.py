@@ -6,7 +6,8 @@ about: arrivals, time. The paged one is the engine's `BlockManager`, prefix shar
     reserve-max    one piece for the longest request the model allows, whatever comes
     reserve-exact  one piece for prompt and output, as if the output's length were known (an oracle)
     reserve-guess  one piece for the prompt and a guess of the output; outgrown, it is lengthened or moved
-    paged          blocks for the known tokens, one more when they are full
+    paged          blocks for the known tokens, one more when full; who enters leaves one free for each that runs
+    paged, no headroom    the same, but whoever fits enters
 
 Invariants: nobody holds less than its tokens; what is released was held; slots held and slots free are all slots.
 """
@@ -52,6 +53,10 @@ class Allocator(Protocol):
 
     def stranded(self, known: int, final: int) -> int:
         """Free slots that would suffice for this request, but lie in holes that are too short for it."""
+        ...
+
+    def headroom(self, known: int) -> int:
+        """Free slots that are kept for growth, where without that this request would fit."""
         ...
 
 
@@ -105,6 +110,10 @@ class Contiguous:
         need = self._need(known, final)
         return self._space.num_free if self._space.longest_hole < need <= self._space.num_free else 0
 
+    def headroom(self, known: int) -> int:
+        """None is kept: who outgrows its piece takes what is there."""
+        return 0
+
     def _need(self, known: int, final: int) -> int:
         if self.name == "reserve-max":
             return self._max_len
@@ -127,10 +136,15 @@ class Contiguous:
 
 
 class Paged:
-    """The engine's BlockManager. It admits with one free block for each that runs, and grows block by block."""
+    """The engine's BlockManager. It grows block by block, and admits with one free block left for each that runs.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.name, self.capacity = "paged", num_blocks * block_size
+    `keeps_headroom` False: it admits whoever fits. The engine's scheduler also counts with what it has seen requests
+    grow, and with a watermark (1 % of the blocks); both are left out.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, keeps_headroom: bool = True) -> None:
+        self.name = "paged" if keeps_headroom else "paged, no headroom"
+        self.capacity, self._keeps_headroom = num_blocks * block_size, keeps_headroom
         self._manager = BlockManager(num_blocks, block_size, prefix_mode="off")
         self._sequences: dict[str, Sequence] = {}
 
@@ -141,7 +155,7 @@ class Paged:
     def admit(self, key: str, known: int, final: int) -> bool:
         """`can_allocate`, then `allocate`: the known tokens and no more."""
         seq = Sequence([0] * known, SamplingParams(), self._manager.block_size, request_id=key)
-        if not self._manager.can_allocate(seq, headroom=len(self._sequences)):
+        if not self._manager.can_allocate(seq, headroom=self._kept_blocks()):
             return False
         self._manager.allocate(seq)
         self._sequences[key] = seq
@@ -168,3 +182,12 @@ class Paged:
     def stranded(self, known: int, final: int) -> int:
         """Any block will do: none ever is."""
         return 0
+
+    def headroom(self, known: int) -> int:
+        """Whole blocks."""
+        free = len(self._manager.free_block_ids)
+        fits = -(-known // self._manager.block_size) <= free
+        return min(free, self._kept_blocks()) * self._manager.block_size if fits else 0
+
+    def _kept_blocks(self) -> int:
+        return len(self._sequences) if self._keeps_headroom else 0

@@ -72,7 +72,26 @@ def test_the_comparison_is_simulated_and_drawn(nanovllm: Run, tmp_path: Path) ->
     text = nanovllm(*TINY, *flags).stdout
     assert "mixed_ctx, 40 requests, 2,048 token slots (simulated)" in text
     rows = json.loads(nanovllm(*TINY, *flags, "--json").stdout)["compare"]["allocators"]
-    assert [row["allocator"] for row in rows] == ["reserve-max", "reserve-exact", "reserve-guess", "paged"]
+    names = ["reserve-max", "reserve-exact", "reserve-guess", "paged", "paged, no headroom"]
+    assert [row["allocator"] for row in rows] == names and "is an oracle" in text and "kept as headroom" in text
     assert {row["served"] + row["refused"] for row in rows} == {40} and {row["label"] for row in rows} == {"simulated"}
     assert rows[0]["max_concurrency"] == 1 and all(f"{row['ticks']:,}" in text for row in rows)
     assert "reserve-exact" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 140])
+def test_no_figure_is_cut_however_narrow(nanovllm: Run, columns: int) -> None:
+    """Every figure of both tables stands whole under a whole header, in lines no longer than the terminal."""
+    flags = (*TINY, "--compare", "contiguous", "--requests", "40", "--shared-prefix", "80")
+    text = nanovllm(*flags, COLUMNS=str(columns)).stdout
+    report = json.loads(nanovllm(*flags, "--json").stdout)
+    first = text.split("by block size (estimated)\n")[1].split("\n\nThe engine")[0]
+    second = text.split("(simulated)\n")[1].split("\nShares of slots")[0]
+    assert "\u2026" not in text and all(len(line) <= columns for line in f"{first}\n{second}".splitlines())
+    for row in report["block_sizes"]:
+        wanted = [f"{row[key]:,}" for key in ("num_blocks", "blocks_per_request", "after_prefill", "at_end_shared")]
+        assert not {*wanted, f"{row['used_share']:.2%}"} - set(first.split()), row
+    for row in report["compare"]["allocators"]:
+        assert not set(row["allocator"].replace("-", "- ").split()) - set(second.replace("-", "- ").split())
+        shares = row["shares_while_somebody_waits"] or row["shares"]
+        assert not {f"{row['ticks']:,}", f"{shares['used']:.1%}", f"{shares['headroom']:.1%}"} - set(second.split())

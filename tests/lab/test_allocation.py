@@ -29,7 +29,7 @@ def contiguous(name: str, capacity: int, max_len: int = 8, guess: int = 2) -> Co
 
 
 def by_kind(sample: Sample) -> tuple[int, ...]:
-    return (sample.used, sample.reserved, sample.internal, sample.external, sample.free)
+    return (sample.used, sample.reserved, sample.internal, sample.external, sample.headroom, sample.free)
 
 
 # -- the address space -----------------------------------------------------------------------------
@@ -76,10 +76,10 @@ def test_every_kind_of_slot_by_hand() -> None:
     """24 slots, one request of 3 prompt and 3 output tokens: it holds 3, 4, 5 tokens, and reserve-max gives it 8."""
     demand = [Demand("a", 3, 3)]
     expected = {
-        "reserve-max": [(3, 2, 3, 0, 16), (4, 1, 3, 0, 16), (5, 0, 3, 0, 16)],
-        "reserve-exact": [(3, 2, 0, 0, 19), (4, 1, 0, 0, 19), (5, 0, 0, 0, 19)],
-        "reserve-guess": [(3, 2, 0, 0, 19), (4, 1, 0, 0, 19), (5, 0, 0, 0, 19)],
-        "paged": [(3, 1, 0, 0, 20), (4, 0, 0, 0, 20), (5, 0, 3, 0, 16)],
+        "reserve-max": [(3, 2, 3, 0, 0, 16), (4, 1, 3, 0, 0, 16), (5, 0, 3, 0, 0, 16)],
+        "reserve-exact": [(3, 2, 0, 0, 0, 19), (4, 1, 0, 0, 0, 19), (5, 0, 0, 0, 0, 19)],
+        "reserve-guess": [(3, 2, 0, 0, 0, 19), (4, 1, 0, 0, 0, 19), (5, 0, 0, 0, 0, 19)],
+        "paged": [(3, 1, 0, 0, 0, 20), (4, 0, 0, 0, 0, 20), (5, 0, 3, 0, 0, 16)],
     }
     for allocator in (*(contiguous(name, 24) for name in RESERVATIONS), Paged(6, 4)):
         assert [by_kind(sample) for sample in replay(allocator, demand).samples] == expected[allocator.name]
@@ -118,6 +118,28 @@ def test_who_cannot_grow_preempts_the_last_one() -> None:
     assert middle.preemptions == 1 and sorted(middle.served) == ["a", "b"]
 
 
+def test_what_is_free_and_kept_is_headroom_by_hand() -> None:
+    """4 blocks of 2. a and b take one each; c needs one of the two free, which are kept for a's and b's growth."""
+    demands = [Demand(key, 2, 2) for key in "abc"]
+    kept, bare = replay(Paged(4, 2), demands), replay(Paged(4, 2, keeps_headroom=False), demands)
+    assert kept.allocator == "paged" and bare.allocator == "paged, no headroom"
+    assert [sample.live for sample in kept.samples] == [2, 2, 1, 1]
+    assert [by_kind(sample) for sample in kept.samples[:2]] == [(4, 0, 0, 0, 4, 0), (6, 0, 2, 0, 0, 0)][:2]
+    assert [sample.live for sample in bare.samples] == [3, 2, 1] and bare.preemptions == 1
+
+
+def test_where_pages_hold_fewer_than_the_oracle_it_is_headroom() -> None:
+    """64 MiB of SmolLM2: nearly all that stands free is kept; without headroom pages hold more than the oracle."""
+    workload = generate("mixed_ctx", seed=0, sessions=200, length=12, long_len=100, output_len=20)
+    document, _ = compare_contiguous(workload, 182, 16, max_len=8192, guess=20)
+    rows = {row["allocator"]: row for row in document["allocators"]}
+    oracle, paged, bare = (rows[name] for name in ("reserve-exact", "paged", "paged, no headroom"))
+    assert paged["mean_concurrency"] < oracle["mean_concurrency"] < bare["mean_concurrency"]
+    busy = paged["shares_while_somebody_waits"]
+    assert busy["headroom"] > 0.2 and busy["free"] < 0.01 and paged["preemptions"] == 0 < bare["preemptions"]
+    assert bare["shares_while_somebody_waits"]["headroom"] == oracle["shares"]["headroom"] == 0
+
+
 # -- laws ------------------------------------------------------------------------------------------
 
 LENGTHS = st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(0, 15))
@@ -131,6 +153,7 @@ def all_of(capacity_blocks: int, block_size: int, max_len: int) -> list[Allocato
     return [
         *(contiguous(name, capacity, max_len, guess=3) for name in RESERVATIONS),
         Paged(capacity_blocks, block_size),
+        Paged(capacity_blocks, block_size, keeps_headroom=False),
     ]
 
 
@@ -155,11 +178,15 @@ def test_slots_are_conserved_and_every_request_ends_once(
 def test_what_each_way_of_reserving_cannot_do(
     demands: list[Demand], num_blocks: int, block_size: int, max_len: int
 ) -> None:
-    longest, exact, _, paged = (replay(a, demands) for a in all_of(num_blocks, block_size, max_len))
+    longest, exact, _, paged, bare = (replay(a, demands) for a in all_of(num_blocks, block_size, max_len))
     assert all(sample.internal == 0 for sample in exact.samples)  # an oracle wastes nothing for ever
-    assert all(sample.external == 0 for sample in (*longest.samples, *paged.samples))  # equal pieces: any one will do
+    assert all(
+        sample.external == 0 for sample in (*longest.samples, *paged.samples, *bare.samples)
+    )  # equal pieces: any one will do
     assert all(sample.internal < block_size * max(sample.live, 1) for sample in paged.samples)
     assert all(sample.reserved < block_size * max(sample.live, 1) for sample in paged.samples)
+    assert all(sample.headroom == 0 for done in (longest, exact, bare) for sample in done.samples)
+    assert bare.samples[0].live >= paged.samples[0].live  # into an empty pool
     assert not set(exact.refused) - set(longest.refused)
     assert longest.samples[0].live <= exact.samples[0].live  # into an empty space, less fits of what is larger
     given_max, given_exact = (
@@ -210,7 +237,17 @@ def test_the_plot_is_written(
     assert path.read_bytes().startswith(magic)
     if suffix == ".svg":
         drawn = path.read_text()
-        assert all(f">{word}<" in drawn for word in (*RESERVATIONS[1:], "paged", "external fragmentation", "free"))
+        assert all(
+            f">{word}<" in drawn
+            for word in (
+                "reserve-guess",
+                "reserve-exact (oracle)",
+                "paged",
+                "kept as headroom",
+                "external fragmentation",
+                "free",
+            )
+        )
         failed = [row["failed_admissions"] for row in document["allocators"]]
         assert all(f">{count:,} failed admissions<" in drawn for count in failed) and "(simulated)" in drawn
         plot(replays, document, path)

@@ -65,7 +65,7 @@ def show(
     objectives, run = parse_slo(slo or []), _read(file)
     if request is not None:
         path = _path(run, request)
-        row = request_row(path, run.recording.header)
+        row = {**request_row(path, run.recording.header), "remarks": run.recording.remarks}
         _print(as_json, lambda: row, lambda: trace_view.print_path(run, path, row, lang))
         return
     found = summary(run, objectives)

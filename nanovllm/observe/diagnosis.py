@@ -33,19 +33,39 @@ def diagnose(
 ) -> dict[str, Any]:
     """The diagnosis of one request, of the window [from, to) in nanoseconds after the start, or of the whole run.
 
-    Raises InvalidRequestError on a request that the run does not have and on an empty window.
+    Raises InvalidRequestError on a request that the run does not have, on an empty window, and on one in which
+    nothing that is asked about was there.
     """
     attribution, start_ns = Attribution(run), run.recording.start_ns
     if request is not None and request not in run.paths:
         raise InvalidRequestError(f"The recording has no request {request!r}.", param="request")
     window = (start_ns + (from_ns or 0), run.recording.end_ns if to_ns is None else start_ns + to_ns)
-    if window[1] <= window[0] and run.paths:
+    if to_ns is not None and to_ns <= (from_ns or 0):
         raise InvalidRequestError("The window is empty.", param="from", hint="--from must lie before --to.")
     names = [request] if request is not None else list(run.paths)
+    if from_ns is not None or to_ns is not None:
+        _check_window(attribution, names, window)
     found = _judge(attribution, names, window)
     scope = {"request": request, "from_ns": window[0] - start_ns, "to_ns": window[1] - start_ns}
     document = {"label": run.recording.label, "scope": scope, **found, "remarks": run.recording.remarks}
     return document if request is not None else {**document, "outliers": _outliers(attribution, window, found)}
+
+
+def _check_window(attribution: Attribution, names: list[str], window: tuple[int, int]) -> None:
+    """Refuse a window that lies wholly outside the lives of `names`."""
+    pieces = [piece for name in names for piece in attribution.pieces[name]]
+    if not pieces or any(piece.end_ns > window[0] and piece.start_ns < window[1] for piece in pieces):
+        return
+    start_ns = attribution.run.recording.start_ns
+    first, last = min(p.start_ns for p in pieces) - start_ns, max(p.end_ns for p in pieces) - start_ns
+    whose = f"Request {names[0]!r}" if len(names) == 1 else "The run's requests"
+    begin, end = ((moment - start_ns) / 1e9 for moment in (window[0], max(window)))
+    lived = f"{whose} lived from {first / 1e9:.3f} s to {last / 1e9:.3f} s"
+    raise InvalidRequestError(
+        f"{lived}: nothing of it lies between {begin:.3f} s and {end:.3f} s.",
+        param="from",
+        hint="Give --from and --to in seconds after the run's start, within that span.",
+    )
 
 
 def brief(run: Replay) -> dict[str, Any]:

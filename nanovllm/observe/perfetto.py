@@ -21,10 +21,10 @@ def chrome_trace(run: Replay) -> dict[str, Any]:
     events = [*_names(), *_steps(run), *_counters(run)]
     for number, path in enumerate(run.paths.values(), 1):
         events += _request(run, number, path)
-    header = run.recording.header
+    told = {**run.recording.header.__dict__, "remarks": " ".join(run.recording.remarks)}
     return {
         "displayTimeUnit": "ms",
-        "otherData": {name: str(value) for name, value in header.__dict__.items()},
+        "otherData": {name: str(value) for name, value in told.items()},
         "traceEvents": events,
     }
 

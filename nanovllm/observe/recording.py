@@ -2,13 +2,15 @@
 
 What it is: the strict reader of what `recording_writer.py` writes. What it knows nothing
 about: what the events add up to. Invariants: it believes nothing: a line that is no
-record, out of order or too long ends the reading with its number and a reason; it reads
-at most `max_bytes`; a recording that is incomplete says so in `remarks`.
+record, out of order or too long ends the reading with its number and a reason, and so does a
+count of generated tokens that its own records cannot bear out; it reads at most `max_bytes`;
+a recording that is incomplete says so in `remarks`, and one that ends within a line is read up to it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from nanovllm.observe.records import RunEnd, RunHeader, from_record, header_from
 
 MAX_BYTES = 2**30
 MAX_LINE_BYTES = 2**16
+TOKEN_STAGES = ("first_token", "decode_step")
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Recording:
     waits: list[WaitEvent] = field(default_factory=list)
     blocks: list[BlockEvent] = field(default_factory=list)
     end: RunEnd | None = None
+    cut_line: int | None = None  # the number of the last line, where it has no end
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
@@ -67,6 +71,10 @@ class Recording:
     @property
     def remarks(self) -> list[str]:
         """What a reader must know before believing it."""
+        if self.cut_line is not None:
+            return [
+                f"The recording was cut off within its line {self.cut_line}: that line and what followed are missing."
+            ]
         if self.end is None:
             return ["The recording has no last line: the run was cut off, or still goes on."]
         lost = self.end.dropped + self.end.omitted
@@ -81,9 +89,16 @@ def read_recording(path: Path, *, max_bytes: int = MAX_BYTES) -> Recording:
             first = next(lines, None)
             if first is None:
                 raise RecordingError(f"{path} is empty.", param="file")
-            recording = Recording(_parsed(path, 1, first, header_from))
+            if not first.endswith(b"\n"):
+                raise _refused(path, 1, "the line is cut off")
+            recording, claims = Recording(_parsed(path, 1, first, header_from)), _Claims()
             for number, line in enumerate(lines, 2):
-                _take(recording, path, number, line)
+                if line.endswith(b"\n"):
+                    _take(recording, path, number, line)
+                    claims.check(recording, number)
+                else:
+                    recording.cut_line = number
+            claims.settle(recording, path)
     except OSError as error:
         raise RecordingError(f"{path} cannot be read: {error.strerror or error}.", param="file") from error
     return recording
@@ -101,16 +116,41 @@ def _take(recording: Recording, path: Path, number: int, line: bytes) -> None:
     recording.add(found)
 
 
+class _Claims:
+    """What request events claim to be generated, beside the events that each tell of one token."""
+
+    def __init__(self) -> None:
+        self._told = Counter[tuple[str, int]]()
+        self._most, self._line, self._what = 0, 0, ""
+        self._checked = 0
+
+    def check(self, recording: Recording, number: int) -> None:
+        """Look at the event that line `number` added, if it is a request's."""
+        for event in recording.requests[self._checked :]:
+            key = (event.request_id, event.sample)
+            self._told[key] += event.stage in TOKEN_STAGES
+            if event.generated_len - self._told[key] > self._most:
+                self._most, self._line = event.generated_len - self._told[key], number
+                self._what = f"generated_len {event.generated_len}, but the records so far tell of {self._told[key]}"
+        self._checked = len(recording.requests)
+
+    def settle(self, recording: Recording, path: Path) -> None:
+        """Refuse a claim that not even all the events that are missing could bear out."""
+        end, events = recording.end, recording.events
+        unnumbered = events[-1].seq + 1 - len(events) if events else 0
+        if self._most > (end.dropped + end.omitted if end else unnumbered):
+            raise _refused(path, self._line, self._what)
+
+
 def _lines(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[bytes]:
-    """Whole lines, each with its end."""
+    """Lines, each with its end; the last may lack it."""
     number = read = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number, read = number + 1, read + len(line)
         if read > max_bytes:
             raise _refused(path, number, f"the file is longer than {max_bytes:,} bytes")
-        if not line.endswith(b"\n"):
-            what = "the line is too long" if len(line) > MAX_LINE_BYTES else "the line is cut off"
-            raise _refused(path, number, what)
+        if len(line) > MAX_LINE_BYTES:
+            raise _refused(path, number, "the line is too long")
         yield line
 
 

@@ -215,7 +215,7 @@ def _tokens(event: RequestEvent) -> int:
 
 
 def _title(run: Replay, path: RequestPath, lang: Lang) -> str:
-    return say(lang, "title", name=path.name, label=run.recording.label)
+    return "; ".join([say(lang, "title", name=path.name, label=run.recording.label), *run.recording.remarks])
 
 
 def _ms(path: RequestPath, at_ns: int) -> str:

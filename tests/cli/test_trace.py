@@ -167,6 +167,7 @@ def test_the_default_request_is_the_first(command: Run, runs: Path, tmp_path: Pa
         (("show", "FILE", "--request", "nobody"), "no request 'nobody'"),
         (("show", "FILE", "--slo", "soon"), "slo cannot be read"),
         (("diagnose", "FILE", "--from", "5", "--to", "1"), "window is empty"),
+        (("diagnose", "FILE", "--from", "900", "--to", "1000"), "The run's requests lived from 0.000 s to "),
         (("export", "FILE"), "Nothing to write"),
         (("export", "FILE", "--svg", "nowhere/x.svg"), "cannot be written"),
         (("compare", "FILE", "OTHER"), "different models"),
@@ -186,6 +187,31 @@ def test_what_cannot_be_done_is_one_sentence(
     done = nanovllm("trace", *(places.get(part, part) for part in arguments))
     assert done.returncode == 2 and words in done.stderr and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_that_a_crash_cut_within_a_line_is_seen_and_each_view_says_so(
+    nanovllm: Run, runs: Path, tmp_path: Path
+) -> None:
+    whole, file = (runs / "fcfs.jsonl").read_bytes(), tmp_path / "cut.jsonl"
+    file.write_bytes(whole[: len(whole) * 2 // 3].rstrip(b"\n")[:-5])
+    targets = {name: tmp_path / f"run.{name}" for name in ("perfetto", "mermaid", "svg")}
+    flags = [part for name, path in targets.items() for part in (f"--{name}", str(path))]
+    assert nanovllm("trace", "export", str(file), *flags).returncode == 0
+    one_request = ("--request", "s0-t0")
+    views = [("show",), ("show", *one_request), ("diagnose",), ("diagnose", *one_request), ("compare", str(file))]
+    for verb, *more in views:
+        for form in ([], ["--json"]):
+            done = nanovllm("trace", verb, str(file), *more, *form)
+            assert done.returncode == 0 and "cut off within its line" in done.stdout, (verb, more, form)
+    for path in targets.values():
+        assert "cut off within its line" in path.read_text()
+
+
+def test_a_compared_limit_stands_apart_from_its_values(nanovllm: Run, runs: Path, tmp_path: Path) -> None:
+    file, other = runs / "fcfs.jsonl", tmp_path / "other.jsonl"
+    other.write_text(file.read_text().replace('"max_new_requests_per_step":0', '"max_new_requests_per_step":1', 1))
+    done = nanovllm("trace", "compare", str(file), str(other))
+    assert re.search(r"^max_new_requests_per_step +0  \|  1$", done.stdout, re.MULTILINE)
 
 
 def test_a_file_that_is_no_recording_is_refused(nanovllm: Run, tmp_path: Path) -> None:

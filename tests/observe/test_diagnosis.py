@@ -52,8 +52,9 @@ def test_a_built_cause_is_named_with_its_evidence(name: str, tmp_path: Path) -> 
 )
 def test_a_cap_whose_lifting_changes_no_wait_is_not_the_cause(cap: tuple[str, int], tmp_path: Path) -> None:
     """The refutation, carried out: the queue waits as long without the cap, so blocks are named with it and without."""
-    waits = []
-    for number, knobs in enumerate((dict([cap]), {})):
+    waits: list[float] = []
+    arms: list[dict[str, Any]] = [{cap[0]: cap[1]}, {}]
+    for number, knobs in enumerate(arms):
         bench = make_bench(simulated=True, vocab_size=256, num_blocks=112, block_size=16, **knobs)
         record(bench, every(0, 12, 512, 200), tmp_path / f"{number}.jsonl")
         run = replay(read_recording(tmp_path / f"{number}.jsonl"))
@@ -134,6 +135,12 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         diagnose(run, request="nobody")
     with pytest.raises(InvalidRequestError, match="window is empty"):
         diagnose(run, from_ns=5, to_ns=5)
+    with pytest.raises(InvalidRequestError, match=r"The run's requests lived from 0.000 s to \d.\d{3} s: nothing"):
+        diagnose(run, from_ns=900 * 10**9, to_ns=1000 * 10**9)
+    with pytest.raises(InvalidRequestError, match=r"The run's requests lived from 0.000 s"):
+        diagnose(run, from_ns=900 * 10**9)
+    with pytest.raises(InvalidRequestError, match=r"Request 'r3' lived from 0.900 s"):
+        diagnose(run, request="r3", to_ns=10**6)
 
 
 def test_an_empty_recording_has_no_dominant_cause(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def bus() -> EventBus:
 
 
 def one_of_each(bus: EventBus, request_id: str = "req-1") -> None:
-    bus.request(request_id, "decode_step", 1, 40, 7, 3)
+    bus.request(request_id, "decode_step", 1, 40, 1, 3)
     bus.step(9, 3, 4, 5, 16, 2, 77)
     bus.wait(request_id, "blocks", 4, 2, 3)
     bus.block("stored", b"d", b"p", 16, token_ids=(104, 105))
@@ -66,7 +66,7 @@ def test_a_request_event_keeps_its_form(bus: EventBus, tmp_path: Path) -> None:
         ("stage", "decode_step"),
         ("epoch", 1),
         ("prompt_len", 40),
-        ("generated_len", 7),
+        ("generated_len", 1),
         ("batch_size", 3),
     ]
 
@@ -152,13 +152,50 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, lines: list[Any], reaso
         read_recording(written(tmp_path, *lines))
 
 
-def test_a_cut_line_and_a_long_file_are_refused(tmp_path: Path) -> None:
+def test_a_run_that_was_cut_within_a_line_is_read_up_to_it_and_says_so(tmp_path: Path) -> None:
+    """At every byte of the last line; a line that is broken in the middle stays an error."""
+    whole = written(tmp_path, HEAD, EVENT, {**EVENT, "seq": 4}).read_bytes()
+    start = whole[:-1].rindex(b"\n") + 1
+    file = tmp_path / "cut.jsonl"
+    for length in range(start + 1, len(whole)):
+        file.write_bytes(whole[:length])
+        recording = read_recording(file)
+        assert [event.seq for event in recording.events] == [3] and recording.end is None
+        assert "cut off within its line 3" in recording.remarks[0]
+    lines = whole.splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
+    with pytest.raises(RecordingError, match="line 2: this is no JSON"):
+        read_recording(file)
+    file.write_bytes(lines[0][:-1])
+    with pytest.raises(RecordingError, match="line 1: the line is cut off"):
+        read_recording(file)
+
+
+TOKENS = [to_record(RequestEvent(i, i, "r", "decode_step", 0, 1, i, 1)) for i in range(4)]
+DONE = to_record(RequestEvent(4, 4, "r", "output_complete", 0, 1, 4, 0))
+END = {"schema": 1, "record": "end", "dropped": 0, "omitted": 0, "processor_ns": 0}
+
+
+def test_a_count_of_tokens_that_the_records_do_not_bear_out_is_refused(tmp_path: Path) -> None:
+    assert len(read_recording(written(tmp_path, HEAD, *TOKENS, DONE, END)).requests) == 5
+    for claim in (5, 10**11):
+        for last in ([END], []):
+            file = written(tmp_path, HEAD, *TOKENS, {**DONE, "generated_len": claim}, *last)
+            with pytest.raises(
+                RecordingError, match=f"line 6: generated_len {claim}, but the records so far tell of 4"
+            ):
+                read_recording(file)
+    # what the bus lost may have told it
+    assert read_recording(written(tmp_path, HEAD, *TOKENS[2:], DONE, {**END, "dropped": 2})).events
+    assert read_recording(written(tmp_path, HEAD, *TOKENS[2:], DONE)).events
+    with pytest.raises(RecordingError, match="line 4: generated_len 4, but the records so far tell of 2"):
+        read_recording(written(tmp_path, HEAD, *TOKENS[2:], DONE, END))
+
+
+def test_a_long_file_and_one_that_is_not_there_are_refused(tmp_path: Path) -> None:
     file = written(tmp_path, HEAD, EVENT)
     with pytest.raises(RecordingError, match="line 2: the file is longer than"):
         read_recording(file, max_bytes=file.stat().st_size - 1)
-    file.write_text(file.read_text()[:-2])
-    with pytest.raises(RecordingError, match="line 2: the line is cut off"):
-        read_recording(file)
     with pytest.raises(RecordingError, match="cannot be read"):
         read_recording(tmp_path / "nowhere.jsonl")
 

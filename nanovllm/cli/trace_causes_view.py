@@ -16,6 +16,7 @@ from nanovllm.cli.trace_view import make_console, number, print_remarks, print_t
 from nanovllm.observe.wording import Lang, say
 
 NOT_TOLD = ("scheduled_ns",)  # of an event: for programs
+LIMITS = {"batch_cap", "blocks_exhausted"}  # where both hold at once, neither can be refuted alone
 SMALL = 0.001  # shares below are left out
 
 
@@ -82,4 +83,6 @@ def _print_cause(console: Console, cause: Mapping[str, Any], label: str, lang: L
         if row["blocks_held"]:
             held = ", ".join(f"{name} {blocks}" for name, blocks in row["blocks_held"].items())
             console.print(f"        {safe(say(lang, 'blocks_held', held=held))}")
+    if {cause["cause"], *cause["beside"]} >= LIMITS:
+        console.print(f"      {say(lang, 'both_limits')}")
     console.print(f"      {say(lang, 'refuted', text=say(lang, 'refute_' + cause['cause']))}")

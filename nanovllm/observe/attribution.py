@@ -50,6 +50,7 @@ CLASSES = MappingProxyType(
         "output": "execution",
     }
 )
+CAPS_OF_STEPS = ("batch_cap", "token_budget", "admission_cap")
 WORK = "work"
 EMPTY_SLOTS = 0.5  # of the slots of held blocks: from here on blocks are short because they are badly filled
 _BY_REASON = MappingProxyType(
@@ -99,6 +100,7 @@ class Attribution:
         self.step_starts = [step.start_ns for step in self.run.steps]
         self.pace = Pace(self.run.steps)
         self.bursts, self.demand = Bursts(self.run), Demand(self.run)
+        self.full = {t.event.seq for t in self.heads if t.event.reason == "batch_cap" and self._is_full(t)}
         self._holders: dict[int, dict[str, int]] = {}
         self.pieces = {name: list(self._life(path)) for name, path in self.run.paths.items()}
 
@@ -161,13 +163,24 @@ class Attribution:
     def _waited(
         self, start_ns: int, end_ns: int, cause: str, seq: int, behind: tuple[str, ...], wait: Span
     ) -> Iterator[Piece]:
-        """A part of a wait: whole, or half of it to the limit and half to the burst that met it."""
-        if cause not in ("batch_cap", "token_budget", "admission_cap") or wait not in self.bursts:
+        """A part of a wait: whole, or half of it to the limit and half to what else the wait needed to be one."""
+        beside = "arrival_burst" if cause in CAPS_OF_STEPS and wait in self.bursts else ""
+        if not beside and cause == "batch_cap" and seq in self.full:
+            beside = "blocks_exhausted"
+        if not beside:
             yield from _gap(start_ns, end_ns, cause, seq, behind)
             return
-        middle_ns = (start_ns + end_ns) // 2
-        yield from (p._replace(beside="arrival_burst") for p in _gap(start_ns, middle_ns, cause, seq, behind))
-        yield from (p._replace(beside=cause) for p in _gap(middle_ns, end_ns, "arrival_burst", seq))
+        middle_ns, others = (start_ns + end_ns) // 2, () if beside == "arrival_burst" else behind
+        yield from (p._replace(beside=beside) for p in _gap(start_ns, middle_ns, cause, seq, behind))
+        yield from (p._replace(beside=cause) for p in _gap(middle_ns, end_ns, beside, seq, others))
+
+    def _is_full(self, told: Told) -> bool:
+        """Whether the head would not have fitted either, its prefix found and nothing kept free for growth."""
+        head = self.run.paths.get(told.head)
+        if head is None:
+            return False
+        tokens = head.known_tokens(told.at_ns) - head.cached_tokens
+        return -(-tokens // self.run.recording.header.block_size) > told.event.free_blocks
 
     def _still_waits(self, told: Told, at_ns: int) -> bool:
         path = self.run.paths.get(told.head)

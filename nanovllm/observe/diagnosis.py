@@ -121,6 +121,7 @@ def _cause(
         "time_ns": ns,
         "share": _share(ns, total_ns),
         "is_named": named,
+        "beside": sorted({piece.beside for piece in own if piece.beside}),
         "behind": [{"request": name, "time_ns": time} for name, time in behind.most_common(MOST_CULPRITS)],
         "evidence": _evidence(attribution, own) if named else [],
     }

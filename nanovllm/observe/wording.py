@@ -186,6 +186,10 @@ _PROSE = {
     "behind": ("behind it: {names}", "背后：{names}"),
     "evidence": ("record {record} explains {ms} ms: {told}", "记录 {record} 解释了 {ms} ms：{told}"),
     "blocks_held": ("blocks held then (estimated): {held}", "当时占用的块（estimated）：{held}"),
+    "both_limits": (
+        "batch_cap and blocks_exhausted hold at once: lift both, one alone shortens no wait of theirs",
+        "batch_cap 与 blocks_exhausted 同时成立：须同时放宽，只放宽其一不会缩短这些等待",
+    ),
     "refuted": ("would refute it: {text}", "可否定它的实验：{text}"),
     "outlier": (
         "slow by itself: {request}, TTFT {ms} ms: {causes}, {share} ({label})",

@@ -99,6 +99,7 @@ class Built:
 
 
 ALONE = every(120, 5, 8, 60)  # each has the engine to itself
+WALL: dict[str, Any] = {"num_blocks": 112, "block_size": 16}  # three prompts of 512 tokens
 BIG_HEAD = [(0, request(0, 40, 60)), (5 * MS, request(1, 80, 4)), (6 * MS, request(2, 4, 4))]
 ONE_CAUSE: dict[str, Built] = {
     "healthy": Built(ALONE, ()),
@@ -153,6 +154,9 @@ ONE_CAUSE: dict[str, Built] = {
 }
 
 TWO_CAUSES: dict[str, Built] = {
+    "cap_and_blocks_at_once": Built(  # three fit, and three are allowed: neither is the cause alone
+        every(0, 12, 512, 40), ("batch_cap", "blocks_exhausted"), {**WALL, "max_num_seqs": 3}
+    ),
     "burst_and_cap": Built(
         [*every(0, 24, 8, 20), *every(0, 24, 8, 20, first=30, at_ms=8000)],
         ("batch_cap", "arrival_burst"),

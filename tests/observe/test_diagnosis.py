@@ -21,7 +21,7 @@ from nanovllm.observe.records import to_record
 from nanovllm.observe.run_summary import summary
 from nanovllm.observe.wording import PROSE
 from tests.engine.helpers import make_bench
-from tests.observe.causes import ALONE, MS, ONE_CAUSE, TWO_CAUSES, every, request
+from tests.observe.causes import ALONE, MS, ONE_CAUSE, TWO_CAUSES, WALL, every, request
 from tests.observe.recorded import record
 
 
@@ -55,7 +55,7 @@ def test_a_cap_whose_lifting_changes_no_wait_is_not_the_cause(cap: tuple[str, in
     waits: list[float] = []
     arms: list[dict[str, Any]] = [{cap[0]: cap[1]}, {}]
     for number, knobs in enumerate(arms):
-        bench = make_bench(simulated=True, vocab_size=256, num_blocks=112, block_size=16, **knobs)
+        bench = make_bench(simulated=True, vocab_size=256, **WALL, **knobs)
         record(bench, every(0, 12, 512, 200), tmp_path / f"{number}.jsonl")
         run = replay(read_recording(tmp_path / f"{number}.jsonl"))
         assert named(diagnose(run)) == ["blocks_exhausted"]

@@ -24,7 +24,7 @@ EXAMPLES = """Examples:
 
   nanovllm lab run 4 --out runs/quick --quick --lang zh
 
-  nanovllm lab run 4 --out runs/mine --observer student_exercises/my_counter.py:MyCounter
+  nanovllm lab run 4 --out runs/mine --observer starter/state_counter.py:StateCounter
 
   nanovllm lab run 4 --out runs/virtual --simulated
 

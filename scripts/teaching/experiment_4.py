@@ -6,6 +6,9 @@ files of a pack. Invariant: a fact that the lab knows is never written into the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from nanovllm.lab.experiment_4 import check, submission
 from nanovllm.lab.experiment_4.cases import ARMS, CASES, FULL, MIN_REPEATS, QUICK, Size
 from nanovllm.lab.experiment_4.run import LAB_VERSION
 from nanovllm.lab.experiment_4.tables import COLUMNS
@@ -25,6 +28,7 @@ TASKS = {
     3: ("nanovllm/lab/experiment_4/chain.py::make_chain", "nanovllm/engine/scheduler.py::Scheduler"),
     4: ("nanovllm/lab/student_observer.py::StateObserver",),
 }
+EXERCISE = "nanovllm/engine/block_manager.py"
 SYMBOLS = (*READ, *(symbol for symbols in TASKS.values() for symbol in symbols))
 
 
@@ -34,16 +38,19 @@ def values(term: str) -> dict[str, str]:
         "term": term,
         "lab_version": str(LAB_VERSION),
         "folder": f"course/experiments/{FOLDER}/assignment_{term}",
+        "exercise": EXERCISE,
         "symbols_read": listed(READ),
         **{f"symbols_task_{task}": listed(symbols) for task, symbols in TASKS.items()},
         "sizes": sizes(),
         "repeats": str(MIN_REPEATS),
         "capacity_table": table(COLUMNS, [[case] for case in CASES]),
         "probe_statement": STATEMENT,
+        "rules_bundle": listed(check.RULES),
+        "rules_submission": listed(submission.RULES),
     }
 
 
-def listed(symbols: tuple[str, ...]) -> str:
+def listed(symbols: Iterable[str]) -> str:
     """As code, in a row."""
     return ", ".join(f"`{symbol}`" for symbol in symbols)
 

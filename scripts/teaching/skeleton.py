@@ -49,6 +49,11 @@ def hollow(source: str, task: str) -> str:
     return text
 
 
+def marked(source: str) -> list[str]:
+    """The ids of the bodies that a skeleton leaves out, in order."""
+    return [begin[2] for line in source.splitlines() if (begin := _BEGIN.match(line))]
+
+
 def signatures(source: str) -> list[str]:
     """Every public class, function and method of a module with its arguments, in order: `def Class.method(self)`."""
     return list(_named(ast.parse(source), ""))

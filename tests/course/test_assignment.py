@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -13,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from skeleton import signatures
+from skeleton import marked, signatures
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.lab.bundle import RAW
-from nanovllm.lab.experiment_4 import plots
+from nanovllm.lab.experiment_4 import check, plots, submission
 from nanovllm.lab.experiment_4.cases import QUICK as QUICK_SIZE
 from nanovllm.lab.experiment_4.cases import plan
 from nanovllm.lab.experiment_4.engines import open_source
@@ -30,6 +33,7 @@ from tests.course.model_submission import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ROOT / "course/experiments/experiment_4_KV状态与缓存组织实验/assignment_spring-2026"
+EXERCISES = ROOT / "student_exercises"
 SOLUTIONS = ROOT / "tests/course/solutions"
 OBSERVERS = {"state_counter": "StateCounter", "prefix_probe": "PrefixProbe"}
 QUICK, SEED = ("--simulated", "--quick"), 7
@@ -47,7 +51,18 @@ def commands(lang: str) -> list[list[str]]:
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Name -> bytes, without what Python leaves behind where somebody ran it."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not re.search("__pycache__|_cache/", name)}
+
+
+def outcomes(folder: Path, *more: str, tests: str = "tests") -> tuple[set[str], str]:
+    """The public tests that passed in a copy of `folder`, and everything that was printed."""
+    command = [sys.executable, "-m", "pytest", tests, "-rA", "--tb=short", "-p", "no:cacheprovider", *more]
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return set(re.findall(r"^PASSED \S+::(\w+)", done.stdout, re.MULTILINE)), done.stdout
 
 
 # -- the pack --------------------------------------------------------------------------------------
@@ -61,6 +76,7 @@ def test_made_again_it_is_the_committed_one_byte_for_byte(tmp_path: Path) -> Non
     assert made == files_under(PACK)
     digests = json.loads(made.pop("manifest.json"))["sha256"]
     assert digests == {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
+    assert files_under(tmp_path / "student_exercises") == files_under(EXERCISES)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
@@ -126,6 +142,67 @@ def test_a_starter_says_nothing_of_its_solution(name: str) -> None:
     assert signatures(starter) == signatures(solution)
     assert starter.count("raise NotImplementedError") == solution.count("BEGIN SOLUTION") == 2
     assert "SOLUTION" not in starter and "PROMPT" not in starter and "# TODO exp4_t4" in starter
+
+
+# -- public tests, and the page for who teaches ---------------------------------------------------
+
+
+def test_the_public_tests_fail_on_the_starters_and_pass_on_the_solutions(tmp_path: Path) -> None:
+    """Run as a student runs them, in a copy of the pack; a failure names the task."""
+    pack = tmp_path / "pack"
+    shutil.copytree(PACK, pack)
+    passed, printed = outcomes(pack)
+    assert passed == set() and printed.count("NotImplementedError: 实验4-任务4 / experiment 4, task 4 (exp4_t4_") >= 2
+    for name in OBSERVERS:
+        shutil.copy(SOLUTIONS / f"{name}.py", pack / "starter")
+    assert outcomes(pack)[0] == {f"test_{name}" for name in OBSERVERS}
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("state_counter", " + is_sampled", ""),
+        ("state_counter", '"preempted", ', ""),
+        ("prefix_probe", "len(prefix) < len(prompt)", "prefix"),
+        ("prefix_probe", "prefix not in self.seen", "prefix[-4:] not in {one[-4:] for one in self.seen}"),
+    ],
+)
+def test_the_public_tests_catch_the_mistakes_that_the_teaching_page_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str
+) -> None:
+    public = runpy.run_path(str(PACK / "tests/test_observers.py"))[f"test_{name}"]
+    monkeypatch.setitem(public.__globals__, "STARTER", tmp_path)
+    solution = (SOLUTIONS / f"{name}.py").read_text(encoding="utf-8")
+    assert solution.count(right) == 1
+    for text in (solution, solution.replace(right, wrong)):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        with contextlib.nullcontext() if text == solution else pytest.raises(AssertionError):
+            public()
+
+
+def test_the_exercise_is_the_engines_file_without_its_marked_bodies(tmp_path: Path) -> None:
+    """Each public test but the given one fails by a body that is left out; on the engine's own file all pass."""
+    reference = ROOT / "nanovllm/engine/block_manager.py"
+    source = reference.read_text(encoding="utf-8")
+    left = (EXERCISES / "nanovllm/engine/block_manager.py").read_text(encoding="utf-8")
+    assert signatures(left) == signatures(source) and "SOLUTION" not in left
+    assert re.findall(r"NotImplementedError\(\".* \((\w+)\)\"\)", left) == marked(source)
+    desk = tmp_path / "student_exercises"
+    shutil.copytree(EXERCISES, desk)
+    passed, printed = outcomes(tmp_path, tests="student_exercises/tests")
+    assert passed == {"test_given_a_fresh_pool_is_free"} and printed.count("\nE   NotImplementedError: ") == 5
+    shutil.copy(reference, desk / "nanovllm/engine")
+    passed, printed = outcomes(tmp_path, tests="student_exercises/tests")
+    assert len(passed) == 6 and {f"test_{name}" for name in marked(source)} <= passed, printed
+
+
+def test_the_teaching_page_names_every_body_and_every_rule() -> None:
+    page = (PACK / "TEACHING.md").read_text(encoding="utf-8")
+    todos = [todo for name in OBSERVERS for todo in marked((SOLUTIONS / f"{name}.py").read_text(encoding="utf-8"))]
+    todos += marked((ROOT / "nanovllm/engine/block_manager.py").read_text(encoding="utf-8"))
+    for name in (*todos, *check.RULES, *submission.RULES):
+        assert page.count(f"`{name}`") >= 2, name
+    assert [int(n) for n in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)] == [10, 20, 25, 20, 10] * 2
 
 
 # -- the student's way -----------------------------------------------------------------------------

@@ -65,7 +65,7 @@ _RULES = {
         "{where} is {found}; the reference is {wanted}",
         "{where} 为 {found}；参考值为 {wanted}",
     ),
-    "rule_identity": ("{where}: {found} is empty", "{where}：{found} 为空"),
+    "rule_identity": ("{where}: {found} is empty, or is none", "{where}：{found} 为空，或不成其为一项"),
     "rule_lifecycle": ("{where}: {found} {wanted}", "{where}：{found} {wanted}"),
     "rule_explanation": ("{where}: the column 解释 is empty", "{where}：解释 一列为空"),
     "rule_chain_text": (
@@ -83,11 +83,21 @@ _RULES = {
         "{where}: says nothing of {found}; state has to be tied to concurrency and waiting",
         "{where}：没有提到{found}；必须说明状态如何影响并发与等待",
     ),
-    "rule_draft": ("{where}: a draft mark remains: {found}", "{where}：仍有草稿标记：{found}"),
+    "rule_figures": (
+        "{where}: cites {found} figures of your run (live_requests, estimated_kv, TTFT, queue_wait); "
+        "{wanted} are asked for",
+        "{where}：引用了本次运行的 {found} 个数字（live_requests、estimated_kv、TTFT、queue_wait）；要求 {wanted} 个",
+    ),
+    "rule_draft": (
+        "{where}: what a program wrote stands there still: {found} {wanted}",
+        "{where}：仍有草稿标记或程序写的文字：{found} {wanted}",
+    ),
     # -- reasons, as `found` or `wanted` of a finding ------------------------------------------------
     "why_no_basis": ("the basis of the judgement is empty", "判断依据为空"),
     "why_no_symbol": ("no file.py::symbol is named", "没有写出 file.py::symbol"),
-    "why_unknown_symbol": ("is not in this checkout", "在本仓库中不存在"),
+    "why_unknown_symbol": ("is not in nanovllm/", "不在 nanovllm/ 中"),
+    "why_one_symbol": ("stands for every row", "每一行写的都是它"),
+    "why_unchanged": ("only the mark is gone:", "只删了标记："),
     "why_choose": (
         "choose one of the two: state counter, observe-only probe",
         "二选一：状态统计器、仅用于观测的前缀命中探针",
@@ -129,7 +139,8 @@ _RULES = {
     "list_probe_statement": ("probe statement", "探针说明"),
     "list_result": ("result statement in your words", "自己的结果说明"),
     "list_analysis": ("analysis of 500 to 800 characters", "500-800 字分析"),
+    "list_figures": ("analysis cites figures of the run", "分析引用本次运行的数字"),
     "list_scope": ("analysis ties state to concurrency and waiting", "分析说明状态如何影响并发与等待"),
-    "list_draft": ("no draft mark left", "没有草稿标记"),
+    "list_draft": ("no draft left, marked or not", "没有草稿，无论有无标记"),
 }
 RULES = MappingProxyType(_RULES)

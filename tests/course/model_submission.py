@@ -72,7 +72,15 @@ def fill(form: str, lang: str) -> str:
         elif part == "12.4" and line.strip():
             line = answers["12.4"]
         lines.append(line)
-    return "\n".join([*lines, "", (SOLUTIONS / f"analysis.{lang}.md").read_text(encoding="utf-8")])
+    return "\n".join([*lines, "", analysis(form, lang)])
+
+
+def analysis(form: str, lang: str) -> str:
+    """The analysis, with the figures of the form's row of long_ctx."""
+    row = next(line for line in form.splitlines() if line.startswith("| long_ctx |"))
+    ttft, queue = (cell.split()[0] for cell in row.split("|")[6:8])
+    text = (SOLUTIONS / f"analysis.{lang}.md").read_text(encoding="utf-8")
+    return text.replace("{TTFT}", ttft).replace("{queue_wait}", queue)
 
 
 def _row(line: str, part: str, row: int, answers: dict) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nanovllm.errors import InvalidRequestError
 from nanovllm.lab.experiment_4 import plots
 from nanovllm.lab.experiment_4.cases import size_of
 from nanovllm.lab.experiment_4.check_raw import planned_runs
@@ -47,7 +48,10 @@ def rebuild(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manif
     """The same, with all that a program makes made again from the changed logs: only the rules can tell it now."""
     reseal(folder, change)
     manifest = read_manifest(folder)
-    recorded = read_runs(folder, planned_runs(manifest))
+    try:
+        recorded = read_runs(folder, planned_runs(manifest))
+    except InvalidRequestError:
+        return  # a log that cannot be read gives nothing to make again
     tables = make_tables(recorded, size_of(manifest))
     (folder / "tables.json").write_text(json.dumps(tables), encoding="utf-8")
     for name, text in texts(tables, recorded, manifest, manifest["lang"]).items():

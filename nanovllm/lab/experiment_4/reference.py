@@ -8,7 +8,7 @@ one part in a thousand.
     state_counter   live_requests_max, live_requests_mean, used_blocks_max, requests, prompt_tokens, output_tokens,
                     largest_request_blocks, largest_request_bytes
     prefix_probe    prompt_tokens, overlap_tokens, requests_with_overlap   (blocks of the run's block_size; the block
-                    with the last prompt token never counts), label: observe-only
+                    with the last prompt token never counts), label: observe-only; statement: the probe's own
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from nanovllm.lab.bundle import RAW
 from nanovllm.lab.experiment_4.tables import RecordedRun
 from nanovllm.lab.findings import MISSING, Finding
-from nanovllm.observe.probe import LABEL
+from nanovllm.observe.probe import LABEL, STATEMENT
 
 NEEDED = {
     "state_counter": ("live_requests_max", "used_blocks_max"),
@@ -40,7 +40,11 @@ def reference(kind: str, run: RecordedRun) -> dict[str, Any]:
     if kind == "prefix_probe":
         overlap = run.overlap
         names = {"prompt_tokens": "tokens", "overlap_tokens": "overlap_tokens", "requests_with_overlap": None}
-        return {"label": LABEL, **{ours: overlap[theirs or ours] for ours, theirs in names.items()}}
+        return {
+            "label": LABEL,
+            "statement": STATEMENT,
+            **{ours: overlap[theirs or ours] for ours, theirs in names.items()},
+        }
     figures, paths = run.figures, run.replay.paths.values()
     largest = max(figures["state_sizes"], key=lambda size: int(size["blocks"]))
     return {

@@ -16,6 +16,7 @@ from typing import Any
 
 import nanovllm
 from nanovllm.lab.bundle import SUBMISSION
+from nanovllm.lab.experiment_4.analysis import check_analysis
 from nanovllm.lab.experiment_4.cells import cells
 from nanovllm.lab.experiment_4.check_tables import compare_cells
 from nanovllm.lab.experiment_4.claims import speaks_of_a_probe
@@ -32,32 +33,36 @@ RULES = (
     "probe_statement",
     "result",
     "analysis",
+    "figures",
     "scope",
     "draft",
 )
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
+SOURCE = Path(nanovllm.__file__).resolve().parent  # tests, sheets and scripts hold no state
 ANALYSIS = "analysis"
 HEADING = re.compile(r"^## +(12\.\d|Analysis|分析)", re.M)
 COMMENT = re.compile(r"<!--.*?-->", re.S)
 SYMBOL = re.compile(r"([\w./-]+\.py)::([A-Za-z_][\w.]*)")
-CHARACTERS = {"字": (500, 800), "words": (300, 550)}  # an English word stands for a little less than two characters
 KINDS = {"state_counter": re.compile(r"统计器|counter", re.I), "prefix_probe": re.compile(r"探针|probe", re.I)}
 ADMITS = (
     re.compile(r"潜在重叠|potential[- ]overlap", re.I),
     re.compile(r"不是[^。|\n]*收益|not a realised|no realised", re.I),
 )
-SCOPE = {
-    "state": re.compile(r"状态|驻留|\bstate|\bresiden|\bKV\b", re.I),
-    "concurrency": re.compile(r"并发|同时|concurren|at once|live requests", re.I),
-    "waiting": re.compile(r"等待|排队|wait|queue", re.I),
+NO_WORD = re.compile(r"[\W_]+")
+PERSON = {  # what each field has at the least
+    "name": re.compile(r"([^\W\d_]).*(?!\1)[^\W\d_]"),
+    "student_id": re.compile(r"\d.*\d|\d.*[^\W_]{2}|[^\W_]{2}.*\d"),
+    "date": re.compile(r"\d{4}.*\d{1,2}.*\d{1,2}"),
+    "environment": re.compile(r"[^\W\d_]{3}"),
 }
+MUCH_THE_SAME = 1.3
 MIN_ARROWS = 3
 
 
 def check(text: str, drafts: str, rows: Sequence[dict[str, Any]], observer: Any, folder: Path) -> Iterator[Finding]:
-    """Every rule that the text breaks. `rows` are those of the capacity table."""
+    """Every rule that the text breaks. `drafts` is what the run wrote, `rows` are those of the capacity table."""
     parts = parts_of(text)
     yield from _empty(parts, "12.1", IDENTITY, "identity")
+    yield from _identity(table(parts.get("12.1", "")))
     yield from _lifecycle(parts, folder)
     yield from _capacity(parts, rows)
     if (arrows := len(re.findall(r"->|→", parts.get("12.4", "")))) < MIN_ARROWS:
@@ -65,7 +70,8 @@ def check(text: str, drafts: str, rows: Sequence[dict[str, Any]], observer: Any,
     yield from _extension(parts, observer)
     yield from _empty(parts, "12.6", STATEMENT, "result")
     yield from _real_gain(parts)
-    yield from _analysis(parts.get(ANALYSIS, ""))
+    yield from check_analysis(_at(ANALYSIS), parts.get(ANALYSIS, ""), rows)
+    yield from _unchanged(parts, parts_of(drafts))
     for mark in DRAFT_MARKS:
         if mark in text:
             yield Finding("draft", SUBMISSION, f"{text.count(mark)} x {mark}")
@@ -89,13 +95,6 @@ def table(part: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
-def count_characters(text: str) -> tuple[int, str]:
-    """How long a text is: in 字 (ideographs, and words and numbers as one each), or in words where they prevail."""
-    ideographs = len(re.findall(r"[\u3400-\u9fff]", text))
-    words = len(re.findall(r"[A-Za-z0-9]+(?:[._'-][A-Za-z0-9]+)*", text))
-    return (ideographs + words, "字") if ideographs >= words else (words, "words")
-
-
 def _at(part: str) -> str:
     return f"{SUBMISSION} {part}"
 
@@ -108,8 +107,38 @@ def _empty(parts: Mapping[str, str], part: str, names: Sequence[str], rule: str)
             yield Finding(rule, _at(part), name)
 
 
+def _identity(rows: list[list[str]]) -> Iterator[Finding]:
+    """What is no name, number or date."""
+    for row, name in zip(rows, IDENTITY):
+        value = "".join(row[1:]).strip()
+        if value and not PERSON[name].search(value):
+            yield Finding("identity", _at("12.1"), f"{name}: {value}")
+
+
+def _unchanged(parts: Mapping[str, str], drafts: Mapping[str, str]) -> Iterator[Finding]:
+    """Prose that the run wrote, with its mark gone and little else."""
+    for part in ("12.2", "12.3", "12.4", "12.6"):
+        theirs, written = _prose(parts.get(part, "")), _prose(drafts.get(part, ""))
+        same = [
+            ours
+            for ours in written
+            if any(ours and ours in one and len(one) < MUCH_THE_SAME * len(ours) for one in theirs)
+        ]
+        yield from (Finding("draft", _at(part), "why_unchanged", one[:60]) for one in same)
+
+
+def _prose(part: str) -> list[str]:
+    """The last cell of each row, or the text of a part without a table: letters and digits alone, no draft mark."""
+    for mark in DRAFT_MARKS:
+        part = part.replace(mark, "")
+    return [NO_WORD.sub("", text) for text in ([row[-1] for row in table(part)] or [part])]
+
+
 def _lifecycle(parts: Mapping[str, str], folder: Path) -> Iterator[Finding]:
     rows = table(parts.get("12.2", ""))
+    everywhere = set.intersection(*(set(SYMBOL.findall("".join(row[1:2]))) for row in rows)) if len(rows) > 1 else set()
+    for file, symbol in sorted(everywhere):
+        yield Finding("lifecycle", _at("12.2"), f"{file}::{symbol}", "why_one_symbol")
     for place, name in enumerate(LIFECYCLE):
         row = rows[place] if place < len(rows) else []
         if len(row) < 3 or not row[2]:
@@ -123,9 +152,9 @@ def _lifecycle(parts: Mapping[str, str], folder: Path) -> Iterator[Finding]:
 
 
 def has_symbol(file: str, symbol: str) -> bool:
-    """Whether a file of this checkout defines a class, function, method or annotated field of that name."""
-    path = (ROOT / file).resolve()
-    if not path.is_relative_to(ROOT) or not path.is_file():
+    """Whether a file of the engine's source defines a class, function, method or annotated field of that name."""
+    path = (SOURCE.parent / file).resolve()
+    if not path.is_relative_to(SOURCE) or not path.is_file():
         return False
     try:
         level: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
@@ -175,13 +204,3 @@ def _real_gain(parts: Mapping[str, str]) -> Iterator[Finding]:
     text = rows[1][-1] if len(rows) > 1 else ""
     if speaks_of_a_probe(text):
         yield Finding("probe", f"{_at('12.6')} {STATEMENT[1]}", text)
-
-
-def _analysis(text: str) -> Iterator[Finding]:
-    count, unit = count_characters(text)
-    low, high = CHARACTERS[unit]
-    if not low <= count <= high:
-        yield Finding("analysis", _at(ANALYSIS), f"{count} {unit}", f"{low}-{high} {unit}")
-    for name, pattern in SCOPE.items():
-        if not pattern.search(text):
-            yield Finding("scope", _at(ANALYSIS), f"why_{name}")

@@ -105,6 +105,16 @@ def test_both_languages_have_the_same_shape() -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_materials_are_there(lang: str) -> None:
+    """R76: every path of the materials table but the tutorial, which is a text of its own."""
+    rows = re.findall(r"^\| .*", re.split(r"^## \d+\. ", sheet(lang), flags=re.MULTILINE)[4], re.MULTILINE)
+    paths = {path for row in rows for path in re.findall(r"`([\w./-]+\.(?:py|md)|course/[^`]+)", row)}
+    wanted = {f"{place}nanovllm/engine/block_manager.py" for place in ("", "student_exercises/")}
+    assert {*wanted, "nanovllm/engine/sequence.py", str(PACK.relative_to(ROOT))} <= paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_columns_and_cases_are_the_labs() -> None:
     text = sheet("zh")
     assert "| case | prompt_len | concurrency | live_requests | estimated_kv | TTFT | queue_wait | 解释 |" in text

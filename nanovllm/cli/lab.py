@@ -52,7 +52,10 @@ def run(
     out: Annotated[Path, _flag("--out", "A new folder for the bundle; never overwritten.", show_default=False)],
     quick: Annotated[bool, _flag("--quick", "Shorter contexts: under a minute on two cores.")] = False,
     simulated: Annotated[bool, _flag("--simulated", "No model, a virtual clock: the same figures everywhere.")] = False,
-    model: Annotated[str, _flag("--model", "smollm2, a path, a hub id or tiny:random.")] = "smollm2",
+    model: Annotated[
+        str | None,
+        _flag("--model", "smollm2 (the default), a path, a hub id or tiny:random.", show_default=False),
+    ] = None,
     observer: Annotated[
         str | None, _flag("--observer", "Your state counter or probe.", metavar="FILE.py:NAME", show_default=False)
     ] = None,
@@ -65,11 +68,14 @@ def run(
 ) -> None:
     """Run an experiment and leave its evidence in a bundle."""
     _known(experiment)
+    if simulated and model is not None:
+        hint = "Leave one of the two out."
+        raise InvalidRequestError("--simulated runs no model: --model cannot be followed.", param="model", hint=hint)
     from nanovllm.lab.experiment_4.run import Settings, run_experiment
     from nanovllm.lab.student_observer import Observation
 
     observation = None if observer is None else Observation(observer)
-    settings = Settings(None if simulated else model, quick, seed, repeats, lang, num_threads)
+    settings = Settings(None if simulated else model or Settings.model, quick, seed, repeats, lang, num_threads)
     command = _command(experiment, out, settings, observation)
     tables = run_experiment(out, settings, observation, command=command, progress=_progress)
     from nanovllm.cli.lab_view import print_tables

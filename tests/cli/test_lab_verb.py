@@ -38,6 +38,7 @@ def test_what_cannot_be_run_or_checked_is_one_sentence(nanovllm: Run, tmp_path: 
         (("run", "7", "--out", "x"), "There is no experiment 7"),
         (("run", "4", "--out", "x", "--observer", "nothing.py:A"), "There is no observer"),
         (("run", "4", "--out", str(tmp_path / "new"), "--model", "/nowhere.gguf"), "/nowhere.gguf"),
+        (("run", "4", "--out", str(tmp_path / "no"), "--simulated", "--model", "nope"), "--simulated runs no model"),
         (("check", "4", str(tmp_path / "nothing")), "manifest.json cannot be read"),
         (("check", "9", str(tmp_path)), "There is no experiment 9"),
     ]
@@ -45,3 +46,9 @@ def test_what_cannot_be_run_or_checked_is_one_sentence(nanovllm: Run, tmp_path: 
         done = nanovllm("lab", *arguments)
         assert done.returncode in (1, 2) and sentence in done.stderr, arguments
     assert json.loads((tmp_path / "new" / "manifest.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "no").exists()
+    checked = nanovllm("lab", "check", "4", str(tmp_path / "new"))
+    assert checked.returncode == 1 and "✘ status" in checked.stdout and "– chain" in checked.stdout
+    assert "✔ chain" not in checked.stdout and "(not evaluated)" in checked.stdout
+    rules = json.loads(nanovllm("lab", "check", "4", str(tmp_path / "new"), "--json").stdout)["rules"]
+    assert rules["status"] is False and rules["cell"] is rules["observer"] is None

@@ -26,7 +26,7 @@ def print_comparison(found: Mapping[str, Any], lang: Lang) -> None:
     for name, command in zip("AB", found["commands"], strict=True):
         console.print(f"[bold]{name}[/] {safe(command)}")
     for name, (a, b) in found["differs"].items():
-        console.print(f"[bold]{name:<24}[/] {safe(f'{a}  |  {b}')}")
+        console.print(f"[bold]{name:<23}[/] {safe(f'{a}  |  {b}')}")
     first, second = (f"{name} ({label})" for name, label in zip("AB", found["labels"], strict=True))
     rows = [
         [name, *(number(row[part]) for part in ("first", "second", "ratio"))] for name, row in found["figures"].items()

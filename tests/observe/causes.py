@@ -127,6 +127,11 @@ ONE_CAUSE: dict[str, Built] = {
     "admission_cap_before_the_wall": Built(  # blocks are short for those behind it
         every(0, 10, 60, 2), ("admission_cap",), {"max_new_requests_per_step": 1, "num_blocks": 72}, request="r3"
     ),
+    "admission_cap_of_a_deep_queue": Built(  # it lets one in where one leaves; the wall is met now and then
+        every(0, 100, 60, 10),
+        ("admission_cap",),
+        {"max_new_requests_per_step": 1, "max_num_seqs": 16, "num_blocks": 64, "block_size": 16},
+    ),
     "prefill": Built(every(300, 4, 400, 4), ("prefill",)),
     "prefill_of_others": Built(
         [(0, request(0, 8, 40)), *every(30, 12, 200, 2, first=1, at_ms=3)], ("prefill_of_others",), request="r0"

@@ -7,8 +7,9 @@ colours are told apart without colour vision (Okabe and Ito's set), the lines by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ConfigError
@@ -29,6 +30,9 @@ KIND_NAMES = (
     "free",
 )
 SHOWN_AS = {"reserve-exact": "reserve-exact (oracle)"}  # it is told what no allocator in use can know
+LEGEND: Mapping[str, Any] = MappingProxyType(
+    {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+)  # below its panel: no line or figure lies under it
 PNG_DPI = 130
 
 
@@ -77,8 +81,8 @@ def _concurrency(axes: Axes, replays: Sequence[Replay]) -> None:
     axes.set_ylabel("requests that hold KV")
     axes.set_title("achieved concurrency")
     axes.set_xlim(0, end)
-    axes.set_ylim(0, 1.35 * max(sample.live for one in replays for sample in one.samples))
-    axes.legend(frameon=False, ncols=2, loc="upper right")
+    axes.set_ylim(0, 1.05 * max(sample.live for one in replays for sample in one.samples))
+    axes.legend(ncols=2, **LEGEND)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -106,5 +110,5 @@ def _slots(axes: Axes, replays: Sequence[Replay]) -> None:
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of token slots while somebody waits, mean")
     axes.set_title("what the slots are used for")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(ncols=3, **LEGEND)
     axes.spines[["top", "right"]].set_visible(False)

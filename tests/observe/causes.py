@@ -128,9 +128,9 @@ ONE_CAUSE: dict[str, Built] = {
         every(0, 10, 60, 2), ("admission_cap",), {"max_new_requests_per_step": 1, "num_blocks": 72}, request="r3"
     ),
     "admission_cap_of_a_deep_queue": Built(  # it lets one in where one leaves; the wall is met now and then
-        every(0, 100, 60, 10),
+        [(0, request(i, 60, 40 if i in (70, 71) else 10)) for i in range(100)],
         ("admission_cap",),
-        {"max_new_requests_per_step": 1, "max_num_seqs": 16, "num_blocks": 64, "block_size": 16},
+        {"max_new_requests_per_step": 1, "max_num_seqs": 16, "num_blocks": 54, "block_size": 16},
     ),
     "prefill": Built(every(300, 4, 400, 4), ("prefill",)),
     "prefill_of_others": Built(

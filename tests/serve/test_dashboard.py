@@ -26,6 +26,7 @@ from tests.serve.servers import LiveServer, assert_alive, assert_at_rest, split,
 
 Factory = Callable[..., LiveServer]
 KEYED = {"api_key": ("alice:user-key-1", "user-key-2"), "admin_key": "admin-key"}
+MAX_SILENCES = 3  # of 15 s each
 PROMPT = "the walrus sings at noon "
 
 
@@ -47,8 +48,11 @@ class Watcher:
 
     def message(self) -> dict[str, Any] | None:
         """The next one, comments passed over; None at the end."""
+        silences = 0
         while line := self.reply.readline():
             self.raw += line
+            silences += line.startswith(b": ping")
+            assert silences < MAX_SILENCES, "it does not come"
             if line.startswith(b"data: "):
                 return json.loads(line.removeprefix(b"data: "))
         return None
@@ -138,7 +142,7 @@ def test_the_feed_tells_of_a_request_from_its_arrival_to_its_end(live: LiveServe
         watcher.take_until(lambda: watcher.last)
         engine = next(json.loads(line[6:]) for line in watcher.raw.splitlines() if b'"snapshot"' in line)["engine"]
         assert (engine["model"], engine["label"], engine["block_size"]) == ("tiny:random", "measured", 16)
-        with asked(live, 3, max_tokens=300, ignore_eos=True):
+        with asked(live, 3, max_tokens=900, ignore_eos=True):
             running = watcher.take_until(lambda: [r for r in watcher.requests.values() if r["stage"] == "decode"])[0]
             stats = watcher.last["stats"]
             held = {i for one in watcher.requests.values() for i in one["block_ids"]}
@@ -151,7 +155,7 @@ def test_the_feed_tells_of_a_request_from_its_arrival_to_its_end(live: LiveServe
             assert 0 < terms["intake"] <= terms["queue"]
         watcher.take_until(lambda: not watcher.requests and watcher.last["stats"]["running"] == 0)
         mine = [one for one in watcher.ended if one["id"] == running["id"]]
-        assert [(one["reason"], one["output_tokens"]) for one in mine] == [("length", 300)]
+        assert [(one["reason"], one["output_tokens"]) for one in mine] == [("length", 900)]
         assert mine[0]["terms"] == terms
         stages = [
             event["stage"] for event in watcher.events if event["request_id"] == running["id"] and "stage" in event
@@ -165,7 +169,7 @@ def test_the_feed_tells_of_a_request_from_its_arrival_to_its_end(live: LiveServe
 def test_shared_blocks_are_in_both_tables(server: Factory) -> None:
     live = server(num_blocks=256)
     live.complete(PROMPT * 8, max_tokens=1)  # its prefix stays cached
-    with watching(live) as watcher, asked(live, 2, max_tokens=300, ignore_eos=True):
+    with watching(live) as watcher, asked(live, 2, max_tokens=1200, ignore_eos=True):
         both = watcher.take_until(
             lambda: [r for r in watcher.requests.values() if r["stage"] == "decode"][1:] and watcher.requests
         )
@@ -194,7 +198,7 @@ def test_the_engine_says_nothing_while_nobody_looks(live: LiveServer) -> None:
 
 def test_increments_come_at_most_four_times_a_second(server: Factory) -> None:
     live = server()
-    with watching(live) as watcher, asked(live, 2, max_tokens=400, ignore_eos=True):
+    with watching(live) as watcher, asked(live, 2, max_tokens=1200, ignore_eos=True):
         moments = []
         watcher.take_until(lambda: watcher.requests)
         while watcher.take() and watcher.requests:
@@ -205,7 +209,7 @@ def test_increments_come_at_most_four_times_a_second(server: Factory) -> None:
 
 def test_a_request_that_waits_says_why(fresh_server: Factory) -> None:
     live = fresh_server(num_blocks=48, max_model_len=512)
-    with watching(live) as watcher, asked(live, 4, max_tokens=250, ignore_eos=True):
+    with watching(live) as watcher, asked(live, 4, max_tokens=800, ignore_eos=True):
         watcher.take_until(lambda: {event.get("reason") for event in watcher.events} & {"blocks", "headroom"})
 
 
@@ -278,7 +282,7 @@ def test_an_engine_that_ends_and_its_successor(live: LiveServer) -> None:
 def test_a_drain_is_shown_and_ends_the_streams(live: LiveServer) -> None:
     with watching(live) as watcher:
         watcher.take_until(lambda: watcher.last)
-        with asked(live, 1, max_tokens=200, ignore_eos=True):
+        with asked(live, 1, max_tokens=1500, ignore_eos=True):
             watcher.take_until(lambda: watcher.requests)
             live.server.stop()
             watcher.take_until(lambda: watcher.state == "draining")

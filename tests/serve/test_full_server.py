@@ -78,8 +78,11 @@ def test_a_tenants_share_is_its_own(server: Factory) -> None:
         promise(live, stack, "key-a")
         check_refusal(live.complete(headers={"Authorization": "Bearer key-a"}), 429, "rate_limit_exceeded")
         assert live.complete(headers={"Authorization": "Bearer key-b"}).status == 200
-        answer = live.complete(headers={"Authorization": "Bearer key-b"}, n=3, temperature=1)
+        promise(live, stack, "key-b")
+        answer = live.complete(headers={"Authorization": "Bearer key-b"}, n=2, temperature=1)
         check_refusal(answer, 429, "rate_limit_exceeded")  # n counts n
+        answer = live.complete(headers={"Authorization": "Bearer key-b"}, n=3, temperature=1)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "n")  # waiting would not help
     assert_alive(live)
 
 

@@ -296,3 +296,11 @@ def test_an_observer_that_counts_nothing_is_refused(
     )
     found = findings(idle, "Idle", recorded)
     assert sum(f"{needed} is (missing); the reference is" in text for text in found) == len(recorded[1])
+
+
+def test_the_example_bundle_of_smollm2_passes_the_check() -> None:
+    """Made on a real machine and committed beside the pack; every figure is computed again from its raw logs."""
+    example = PACK.parent / "example_smollm2"
+    verdict = check.check_bundle(example)
+    assert verdict.is_pass, verdict.findings
+    assert json.loads((example / "manifest.json").read_text(encoding="utf-8"))["dirty"] is False

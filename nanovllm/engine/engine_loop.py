@@ -39,6 +39,7 @@ from nanovllm.engine.messages import (
     params_from_wire,
 )
 from nanovllm.engine.outputs import StepOutput
+from nanovllm.engine.prefill_rate import PrefillRate
 from nanovllm.engine.state_calls import apply_call
 from nanovllm.engine.state_count import count_totals
 from nanovllm.engine.watch import StateWatch
@@ -48,7 +49,6 @@ logger = logging.getLogger("nanovllm")
 
 HEARTBEAT_S = 1.0
 MAX_BAD_STEPS = 3
-RECENT = 0.2  # weight of the newest step in the prefill rate
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class EngineLoop:
         self._queued: set[str] = set()  # submitted, and not run yet
         self._compiling: dict[str, Submit] = {}  # their grammar is being compiled elsewhere
         self._refused: list[Finished] = []  # ended without having entered the engine
-        self._prefill_rate = 0.0
+        self._prefill_rate = PrefillRate()
         self._bad_turns = 0
         self._is_unhealthy = False
         self._last_beat_s = 0.0
@@ -183,7 +183,8 @@ class EngineLoop:
         if self.engine.is_finished() and not self._only_transfers():
             self._pass_time()
             return []
-        before, start_s = self.engine.marks.num_prefill_tokens, time.perf_counter()
+        marks, start_s = self.engine.marks, time.perf_counter()
+        prefilled, decoded = marks.num_prefill_tokens, marks.num_decode_tokens
         try:
             outputs = self.engine.step()
             self._bad_turns = 0
@@ -191,7 +192,8 @@ class EngineLoop:
             logger.exception("A step failed.")
             self._bad_turns += 1
             outputs = []
-        self._learn_prefill_rate(self.engine.marks.num_prefill_tokens - before, time.perf_counter() - start_s)
+        spent_s = time.perf_counter() - start_s
+        self._prefill_rate.note(marks.num_prefill_tokens - prefilled, marks.num_decode_tokens - decoded, spent_s)
         if max(self._bad_turns, self.engine.bad_steps_in_a_row) >= MAX_BAD_STEPS and not self._is_unhealthy:
             outputs = [*outputs, *self._give_up()]
         return outputs
@@ -213,11 +215,6 @@ class EngineLoop:
         for request_id in self.engine.book.request_ids:
             self.engine.abort(request_id)
         return self.engine.flush()
-
-    def _learn_prefill_rate(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens:
-            rate = num_tokens / seconds
-            self._prefill_rate = rate if not self._prefill_rate else (1 - RECENT) * self._prefill_rate + RECENT * rate
 
     # -- out ---------------------------------------------------------------------------------------
 
@@ -289,7 +286,7 @@ class EngineLoop:
             preemptions=scheduler.num_preemptions,
             prefill_tokens=marks.num_prefill_tokens,
             decode_tokens=marks.num_decode_tokens,
-            prefill_tokens_per_s=self._prefill_rate,
+            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             events_dropped=self.engine.events.dropped,
             state={} if self.engine.parts.state is None else self.engine.parts.state.facts(),
         )

@@ -95,7 +95,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     preemptions: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
-    prefill_tokens_per_s: float = 0.0  # of recent steps; 0 until one prefilled
+    prefill_tokens_per_s: float = 0.0  # see `PrefillRate`
     events_dropped: int = 0
     state: dict[str, int] = msgspec.field(default_factory=dict)  # `TieredState.facts`
 

@@ -4,7 +4,7 @@ import { byId, count, el, say, svg } from "./dom.js";
 
 const FIGURES = [
   { key: "live", name: "live requests", history: "live",
-    value: (s) => s.running + s.waiting + s.loading, note: (s) => `${count(s.running)} running, ${count(s.waiting + s.loading)} waiting` },
+    value: (s) => s.running + s.loading, note: (s) => `hold blocks; ${count(s.waiting)} more wait` },
   { key: "used", name: "blocks used", history: "used",
     value: (s) => s.num_blocks - s.free_blocks, note: (s) => `${percent(s.num_blocks - s.free_blocks, s.num_blocks)} of ${count(s.num_blocks)}` },
   { key: "cached", name: "blocks cached", value: (s) => s.cached_blocks, note: () => "free, still findable" },

@@ -31,7 +31,7 @@ export class Lanes {
     shown.forEach((one, i) => this.place(one, i, model, picked));
     const hidden = model.total - model.requests.size;
     const ended = shown.length - model.requests.size;
-    const parts = [`${count(model.total)} live`, hidden > 0 && `${count(hidden)} of them not shown`, ended > 0 && `${count(ended)} ended`];
+    const parts = [`${count(model.total)} under way`, hidden > 0 && `${count(hidden)} of them not shown`, ended > 0 && `${count(ended)} ended`];
     say(byId("lanes-facts"), parts.filter(Boolean).join(", "));
     this.tellEmpty(model, shown.length === 0);
   }

@@ -68,7 +68,7 @@ export class Model {
     const last = this.history.at(-1);
     if (last && s.decode_tokens < last.decode) this.history = []; // another engine counts from 0
     this.history.push({
-      now: this.now, live: s.running + s.waiting + s.loading, used: s.num_blocks - s.free_blocks,
+      now: this.now, live: s.running + s.loading, used: s.num_blocks - s.free_blocks,
       decode: s.decode_tokens, prefill: s.prefill_tokens,
       decodeRate: this.rate("decode", s.decode_tokens), prefillRate: this.rate("prefill", s.prefill_tokens),
     });

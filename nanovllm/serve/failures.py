@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import msgspec
-from starlette.responses import Response
 
 from nanovllm.errors import (
     AuthenticationError,
@@ -128,12 +127,6 @@ def headers_of(error: BaseException) -> Headers:
     if isinstance(error, BodyTimeoutError | BadFramingError):
         headers.append((b"connection", b"close"))
     return headers
-
-
-def response_of(error: BaseException, request_id: str) -> Response:
-    """The whole answer, as a starlette response."""
-    headers = {name.decode(): value.decode("latin-1") for name, value in headers_of(error)}
-    return Response(body_of(error, request_id), status_of(error), headers, "application/json")
 
 
 def _shape(message: str, kind: str, param: str | None, code: str) -> dict[str, dict[str, str | None]]:

@@ -40,11 +40,6 @@ class Tenants:
         """True where a key is asked for. Any key closes the server, the admin's too."""
         return bool(self._by_digest)
 
-    @property
-    def num_keys(self) -> int:
-        """How many keys are known."""
-        return len(self._by_digest)
-
     def authenticate(self, authorization: bytes | None) -> Tenant:
         """The tenant of an Authorization header. Raises AuthenticationError."""
         if not self._by_digest:

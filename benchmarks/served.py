@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 START_S, RUN_S = 120.0, 300.0
 RECEIVE_BYTES = 2**18
@@ -105,6 +107,11 @@ def percentile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+
+def stolen_s() -> float:
+    """Processor seconds that a host has taken from this machine so far; 0 where the system does not say."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def _begin(selector: selectors.BaseSelector, port: int, request: bytes, exchange: Exchange) -> int:

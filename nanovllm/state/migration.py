@@ -173,7 +173,7 @@ class Migration:
 
         def answered(transfer: Transfer) -> None:
             if not transfer.ok:
-                self.plane.failed(place, place.reads, transfer)
+                self.plane.failed(place, place.reads, transfer, ["kv"])
                 return
             place.reads.success()
             for block, is_there in zip(blocks, transfer.result):

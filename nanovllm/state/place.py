@@ -7,37 +7,19 @@ with the same room; a tier's counters only grow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.core.clock import Clock
 from nanovllm.state.breaker import CircuitBreaker
 from nanovllm.state.catalog import Entry
+from nanovllm.state.counters import Counters, Tally
 from nanovllm.state.mover import InlineLane, Lane, ThreadLane, Transfer
 from nanovllm.state.policies.victims import Victims
 from nanovllm.state.tiers.tier import Item, Tier
 
 HIGH, LOW = 0.95, 0.85  # reclaim begins above the one and ends below the other
 SMOOTHING = 0.2
-
-
-@dataclass
-class Counters:
-    """What happened at one tier since the start."""
-
-    hits: int = 0
-    misses: int = 0
-    reads: int = 0
-    writes: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    failures: int = 0
-    corrupt: int = 0
-    refused: int = 0
-    evicted: int = 0
-    evicted_bytes: int = 0
-    demoted: int = 0
-    corrupt_by_reason: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,7 +59,7 @@ class Place:
     def __init__(self, tier: Tier, victims: Victims[Entry], clock: Clock, *, threads: bool) -> None:
         self.tier, self.victims = tier, victims
         self.reads, self.writes = CircuitBreaker(clock), CircuitBreaker(clock)
-        self.counters = Counters()
+        self.tally = Tally()
         self.read_speed, self.write_speed = Bandwidth(FIRST_GUESS), Bandwidth(FIRST_GUESS)
         self.busy_bytes = 0
         self.going: list[bytes] = []  # evicted, and the tier was not told yet
@@ -94,6 +76,11 @@ class Place:
     def name(self) -> str:
         """The tier's."""
         return self.tier.name
+
+    @property
+    def counters(self) -> Counters:
+        """Of all kinds."""
+        return self.tally.total
 
     @property
     def used_bytes(self) -> int:
@@ -146,6 +133,7 @@ class Place:
             "quota_bytes": self.tier.quota_bytes,
             "entries": len(self.victims),
             "by_kind": dict(self.by_kind),
+            "kinds": self.tally.by_kind(),
             "breaker": {"reads": self.reads.state, "writes": self.writes.state},
             "read_bytes_per_ms": self.read_speed.bytes_per_ms,
             "read_speed_label": self.read_speed.label,

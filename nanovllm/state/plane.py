@@ -10,7 +10,7 @@ whose entry is gone when their write ends are removed again. One thread calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,8 +175,7 @@ class Plane:
     def evict(self, place: Place, entry: Entry) -> None:
         """The policy's choice goes from one tier; `flush` tells the tier, once for all that went."""
         place.leave(entry, by_policy=True)
-        place.counters.evicted += 1
-        place.counters.evicted_bytes += entry.size_bytes
+        place.tally.evicted(entry.kind, entry.size_bytes)
         place.going.append(entry.key)
         place.going_bytes += entry.size_bytes
         self._forget_if_nowhere(entry)
@@ -240,57 +239,58 @@ class Plane:
         for entry in entries:
             entry.arriving.discard(place.name)
         if not transfer.ok:
-            self.failed(place, place.writes, transfer)
+            self.failed(place, place.writes, transfer, [entry.kind for entry in entries])
             for entry in entries:
                 self._forget_if_nowhere(entry)
             return
         place.writes.success()
         place.counters.writes += 1
-        place.counters.bytes_written += size
         place.write_speed.observe(size, transfer.ms)
         for entry in entries:
+            place.tally.wrote(entry.kind, entry.size_bytes)
             if self.catalog.entries.get(entry.key) is entry:
                 place.enter(entry)
             else:
                 self._remove(place, [entry.key], scrub=True)
 
     def _verified(self, place: Place, labels: Sequence[Label], transfer: Transfer) -> list[bytes | None]:
+        kinds = [self._kind_of(label) for label in labels]
         if not transfer.ok:
-            self.failed(place, place.reads, transfer)
+            self.failed(place, place.reads, transfer, kinds)
             return [None] * len(labels)
         place.reads.success()
         place.counters.reads += 1
         payloads: list[bytes | None] = []
-        for label, found in zip(labels, transfer.result):
+        for label, kind, found in zip(labels, kinds, transfer.result):
+            place.tally.read(kind, found)
             payloads.append(found if isinstance(found, bytes) else None)
             if isinstance(found, str):
-                self._corrupt(place, label, found)
+                self._corrupt(place, label)
             elif found is None:
                 self._missing(place, label)
         size = sum(len(payload) for payload in payloads if payload is not None)
-        place.counters.hits += sum(payload is not None for payload in payloads)
-        place.counters.misses += payloads.count(None)
-        place.counters.bytes_read += size
         place.read_speed.observe(size, transfer.ms)
         return payloads
 
-    def failed(self, place: Place, breaker: CircuitBreaker, transfer: Transfer) -> None:
-        """Count it, and tell the breaker of what was tried; a lane that is full says nothing of its tier."""
+    def failed(self, place: Place, breaker: CircuitBreaker, transfer: Transfer, kinds: Iterable[str] = ()) -> None:
+        """Count it, by the kinds of what was moved, and tell the breaker of what was tried: a full lane is no fault."""
         was_tried = transfer.generation != 0 and not (transfer.reason == BUSY and breaker.state == "closed")
         if not was_tried:
             place.counters.refused += 1
             return
-        place.counters.failures += 1
+        place.tally.failed(kinds)
         if transfer.is_full:
             breaker.trip(FULL)
         else:
             breaker.failure(transfer.reason)
 
-    def _corrupt(self, place: Place, label: Label, reason: str) -> None:
+    def _kind_of(self, label: Label) -> str:
+        """A block counts as what owns it, where that is known."""
+        entry = self.catalog.entries.get(label.key)
+        return label.kind if entry is None else entry.kind
+
+    def _corrupt(self, place: Place, label: Label) -> None:
         """Set aside; the bytes of a home are kept in quarantine and missed from now on."""
-        place.counters.corrupt += 1
-        by_reason = place.counters.corrupt_by_reason
-        by_reason[reason] = by_reason.get(reason, 0) + 1
         sealed: list[bytes | None] = []
 
         def job() -> None:

@@ -158,7 +158,8 @@ class Reclaim:
         self.plane.evict(place, entry)
         outcome.freed_bytes += entry.size_bytes
         outcome.moved_bytes += entry.size_bytes if lower else 0
-        place.counters.demoted += lower is not None
+        if lower is not None:
+            place.tally.demoted(entry.kind)
         verdict, reason = ("moved", f"to {lower}") if lower else ("evicted", "lowest score")
         outcome.candidates.append(_candidate(entry, score, verdict, reason))
         outcome.concerns.extend(self.plane.catalog.owners(entry.key))

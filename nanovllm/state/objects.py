@@ -44,19 +44,26 @@ class Document:
     """A piece of knowledge: text, and the token ids of its exact path where a model has read it.
 
     `token_ids` begin at the start of the prompt (system text, documents before it), because KV is exact
-    only behind the very tokens it was computed behind.
+    only behind the very tokens it was computed behind. `system` and `template` (with a `{document}` slot)
+    are that path as text: what stands before it and around it in a prompt that says nothing else.
     """
 
     text: str
     token_ids: Sequence[int] = ()
+    system: str = ""
+    template: str = ""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A conversation: its messages, and the token ids that were really computed for them."""
+    """A conversation: its messages, and the token ids that were really computed for them.
+
+    `facts`: what else its keeper must find again beside them, as JSON knows it.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     token_ids: Sequence[int] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 Storable = str | Sequence[int] | Sequence[Mapping[str, Any]] | Document | Session
@@ -168,6 +175,11 @@ class StateMatch:
     def tokens_by_tier(self) -> dict[str, int]:
         """The same, tier by tier."""
         return {tier: self.tiers.count(tier) * self.block_size for tier in dict.fromkeys(self.tiers)}
+
+
+def kv_namespace(namespace: str) -> str:
+    """Whose KV an object's tokens name: a public document's is that of prompts which belong to no tenant."""
+    return DEFAULT_NAMESPACE if namespace == PUBLIC else namespace
 
 
 def new_state_id() -> StateId:

@@ -25,6 +25,7 @@ class Payload(msgspec.Struct, kw_only=True, omit_defaults=True):
     text: str = ""
     token_ids: list[int] = []
     messages: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
 
 
 def payload_of(obj: Storable) -> Payload:
@@ -32,10 +33,12 @@ def payload_of(obj: Storable) -> Payload:
     if isinstance(obj, str):
         return Payload(form="text", text=_text(obj))
     if isinstance(obj, Document):
-        return Payload(form="document", text=_text(obj.text), token_ids=list(check_tokens(obj.token_ids)))
+        path = {name: _text(part) for name in ("system", "template") if (part := getattr(obj, name))}
+        ids = list(check_tokens(obj.token_ids))
+        return Payload(form="document", text=_text(obj.text), token_ids=ids, facts=path)
     if isinstance(obj, Session):
         tokens = list(check_tokens(obj.token_ids))
-        return Payload(form="session", messages=_messages(obj.messages), token_ids=tokens)
+        return Payload(form="session", messages=_messages(obj.messages), token_ids=tokens, facts=_facts(obj.facts))
     if isinstance(obj, list | tuple) and obj and all(isinstance(part, Mapping) for part in obj):
         return Payload(form="messages", messages=_messages(obj))
     if isinstance(obj, list | tuple) and obj and all(isinstance(part, int) for part in obj):
@@ -50,9 +53,10 @@ def object_of(payload: Payload) -> Storable:
     if payload.form == "text":
         return payload.text
     if payload.form == "document":
-        return Document(payload.text, payload.token_ids)
+        path = {name: str(payload.facts.get(name, "")) for name in ("system", "template")}
+        return Document(payload.text, payload.token_ids, **path)
     if payload.form == "session":
-        return Session(payload.messages, payload.token_ids)
+        return Session(payload.messages, payload.token_ids, payload.facts)
     return payload.messages if payload.form == "messages" else payload.token_ids
 
 
@@ -93,6 +97,13 @@ def _messages(messages: object) -> list[dict[str, Any]]:
     if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("Messages are a list of mappings.")
     return [_plain(dict(message), MAX_DEPTH) for message in messages]
+
+
+def _facts(facts: object) -> dict[str, Any]:
+    if not isinstance(facts, Mapping):
+        raise TypeError("Facts are a mapping.")
+    plain: dict[str, Any] = _plain(dict(facts), MAX_DEPTH)
+    return plain
 
 
 def _plain(value: Any, depth: int) -> Any:

@@ -35,10 +35,11 @@ def object_facts(obj: StateObject) -> dict[str, Any]:
 
 
 def content_of(obj: Storable) -> dict[str, Any]:
-    """What was put, in the words that `storable` takes."""
+    """What was put, in the words that `storable` takes; a session's facts beside them."""
     if isinstance(obj, Document | Session):
         own = {"text": obj.text} if isinstance(obj, Document) else {"messages": [*obj.messages]}
-        return {**own, "token_ids": [*obj.token_ids]}
+        facts = {"facts": {**obj.facts}} if isinstance(obj, Session) and obj.facts else {}
+        return {**own, "token_ids": [*obj.token_ids], **facts}
     if isinstance(obj, str):
         return {"text": obj}
     return {"messages" if obj and isinstance(obj[0], Mapping) else "token_ids": [*obj]}

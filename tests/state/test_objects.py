@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.state.objects import Metadata, check_state_id, check_tokens, new_state_id
+from nanovllm.state.objects import Metadata, Session, check_state_id, check_tokens, new_state_id
+from nanovllm.state.payload import decode, encode, object_of, payload_of
 from nanovllm.state.receipts import MAX_RECEIPTS, PER_OBJECT, History, Receipt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,3 +97,16 @@ def test_a_history_is_bounded_and_says_what_it_forgot() -> None:
         history.add(Receipt(history.next_seq(), "put", True, "asked"), [f"object {i}"])
     assert history.of("a") == ((), 0) and len(history.of(f"object {MAX_RECEIPTS - 1}")[0]) == 1
     assert sum(len(history.of(f"object {i}")[0]) for i in range(MAX_RECEIPTS)) == MAX_RECEIPTS
+
+
+def test_facts_of_a_session_come_back_and_a_session_written_before_has_none() -> None:
+    facts = {"object": "conversation", "metadata": {"a": "b"}, "depth": [1, 2.5, None, True]}
+    talk = Session([{"role": "user", "content": "hi"}], [1, 2], facts)
+    assert object_of(decode(encode(payload_of(talk), 1 << 20))) == talk
+    before = msgspec.msgpack.encode({"form": "session", "token_ids": [1, 2], "messages": [*talk.messages]})
+    assert object_of(decode(before)) == Session(talk.messages, [1, 2])
+    assert encode(payload_of(Session(talk.messages, [1, 2])), 1 << 20) == before
+    with pytest.raises(TypeError):
+        payload_of(Session([], [], ["no mapping"]))  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError):
+        payload_of(Session([], [], {"a": object()}))

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.segments import SegmentSpan
 from nanovllm.engine.intake import Intake
 from nanovllm.engine.links import Link, ProcessLink, ThreadLink
 from nanovllm.engine.messages import (
@@ -160,12 +161,15 @@ class AsyncEngine:
         priority: int = 0,
         template_tokens: int | None = None,
         arrival_ns: int | None = None,
+        segments: tuple[SegmentSpan, ...] = (),
+        prefill_only: bool = False,
         on_start: Callable[[], None] | None = None,
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
     ) -> RequestStream:
         """Queue a request. Raises InvalidRequestError, or DrainingError and UnhealthyError where none are taken.
 
+        `segments` name the parts of the prompt, and cover it. A `prefill_only` request leaves its KV, no token.
         `on_start` is called when its first step has run. The stream fails with BusyError where that has not
         happened after `queue_timeout_s`, and with DeadlineError where it has not ended after `timeout_s`.
         """
@@ -176,10 +180,8 @@ class AsyncEngine:
         self._streams[request_id] = stream
         self._is_empty.clear()
         stream.set_deadlines(queue_timeout_s, timeout_s)
-        wire = params_to_wire(params)
-        self.link.send(
-            Submit(request_id, token_ids, wire, namespace, cache_salt, priority, template_tokens, arrival_ns)
-        )
+        labels = (namespace, cache_salt, priority, template_tokens, arrival_ns, segments, prefill_only)
+        self.link.send(Submit(request_id, token_ids, params_to_wire(params), *labels))
         return stream
 
     def _check_state(self) -> None:

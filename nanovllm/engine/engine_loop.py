@@ -37,6 +37,7 @@ from nanovllm.engine.messages import (
     delta_of,
     finished_of,
     params_from_wire,
+    prompt_of,
 )
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.engine.prefill_rate import PrefillRate
@@ -148,7 +149,7 @@ class EngineLoop:
 
     def _enter(self, message: Submit, params: SamplingParams) -> None:
         self.engine.add_request(
-            message.token_ids,
+            prompt_of(message),
             params,
             request_id=message.request_id,
             namespace=message.namespace,
@@ -156,6 +157,7 @@ class EngineLoop:
             priority=message.priority,
             template_tokens=message.template_tokens,
             arrival_ns=message.arrival_ns,
+            prefill_only=message.prefill_only,
         )
         self._queued.add(message.request_id)
 

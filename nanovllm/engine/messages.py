@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.segments import Segment, SegmentSpan
 from nanovllm.core.timeline import Timeline
 from nanovllm.engine.outputs import RequestOutput, StepOutput, TokenLogprobs
 from nanovllm.errors import InvalidRequestError, NanoVLLMError
@@ -25,7 +26,7 @@ LENGTH_BYTES = 4
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """A request that passed intake on the caller's side: token ids in, deltas out."""
+    """A request that passed intake on the caller's side: token ids in, deltas out. `segments` name its parts."""
 
     request_id: str
     token_ids: list[int]
@@ -35,6 +36,8 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     priority: int = 0
     template_tokens: int | None = None
     arrival_ns: int | None = None
+    segments: tuple[SegmentSpan, ...] = ()
+    prefill_only: bool = False
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -286,6 +289,12 @@ def terms_of(timeline: Timeline) -> Timings:
         timeline.ttft_ns,
         preemptions=len(timeline.preempted_ns),
     )
+
+
+def prompt_of(message: Submit) -> list[int] | list[Segment]:
+    """The prompt as the engine takes it: by its parts where they have names."""
+    ids = message.token_ids
+    return [Segment(span.name, ids[span.start : span.end]) for span in message.segments] or ids
 
 
 def params_to_wire(params: SamplingParams) -> dict[str, Any]:

@@ -101,17 +101,42 @@ class ChatTokenizer(ABC):
 
         Without such spellings, equal to `encode` of the rendered text without added BOS.
         """
-        check_messages(messages)
-        request = [list(messages), None if tools is None else list(tools), variables]
-        sentinel = _unused_character(request)
-        messages, tools, variables = self._mark(request, sentinel)
-        text = self._render(messages, add_generation_prompt, tools, variables)
+        text, sentinel = self._guarded(messages, add_generation_prompt, tools, variables)
         return self._encode_guarded(text, sentinel)
+
+    def encode_chat_around(
+        self,
+        slot: str,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[list[int]]:
+        """As `encode_chat`, cut at each `slot`, a character that the messages hold where something else will stand.
+
+        Each piece is encoded by itself, so that its ids do not depend on what is put between them.
+        """
+        text, sentinel = self._guarded(messages, add_generation_prompt, tools, variables)
+        return [self._encode_guarded(piece, sentinel) for piece in text.split(slot)]
 
     def count_content_tokens(self, messages: Messages) -> int:
         """Tokens of the bare contents, so that a caller can show what the template adds."""
         check_messages(messages)
         return sum(len(self.encode(text, parse_special=False, add_bos=False)) for text in _contents(messages))
+
+    def _guarded(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> tuple[str, str]:
+        """The rendered text in which forged spellings contain the sentinel, and the sentinel."""
+        check_messages(messages)
+        request = [list(messages), None if tools is None else list(tools), dict(variables)]
+        sentinel = unused_character(request)
+        messages, tools, variables = self._mark(request, sentinel)
+        return self._render(messages, add_generation_prompt, tools, variables), sentinel
 
     def _render(
         self,
@@ -187,7 +212,7 @@ def _strings(value: Any, depth: int = 0) -> list[str]:
     return []
 
 
-def _unused_character(value: Any) -> str:
+def unused_character(value: Any) -> str:
     """A private-use character that occurs in no string of `value`."""
     used = set().union(*_strings(value))
     return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)

@@ -20,6 +20,7 @@ import anyio
 from starlette.types import Message, Receive, Scope, Send
 
 from nanovllm.core.sampling_params import SamplingParams
+from nanovllm.core.segments import SegmentSpan
 from nanovllm.engine.messages import Finished
 from nanovllm.engine.request_stream import RequestStream
 from nanovllm.errors import ExecutionError, NanoVLLMError
@@ -46,10 +47,12 @@ class Rendering(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, as the engine takes it."""
+    """One prompt, as the engine takes it; in the tenant's namespace where none is named."""
 
     token_ids: list[int]
     template_tokens: int | None = None
+    segments: tuple[SegmentSpan, ...] = ()
+    namespace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,12 @@ class Answer:
                 services.engine.submit(
                     prompt.token_ids,
                     order.params,
-                    namespace=self._ticket.tenant.namespace,
+                    namespace=prompt.namespace if prompt.namespace is not None else self._ticket.tenant.namespace,
                     cache_salt=order.cache_salt,
                     priority=order.priority,
                     template_tokens=prompt.template_tokens,
                     arrival_ns=arrival_ns,
+                    segments=prompt.segments,
                     on_start=on_start,
                     queue_timeout_s=services.config.queue_timeout,
                     timeout_s=max(0.0, services.config.request_timeout - spent_s),

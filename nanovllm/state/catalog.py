@@ -90,13 +90,15 @@ class Catalog:
         self._forget_name(obj)
         return self._disown(obj)
 
-    def find(self, state_id: str, namespace: str | None = None) -> StateObject:
-        """By id, or by name as `name` or `name@version`. Without a namespace: the operator, who sees all by id.
+    def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
+        """By id, or by name as `name` or `name@version`; of one kind, where that is named. Without a namespace: the
+        operator, who sees all by id.
 
         Raises StateNotFoundError, also for what belongs to another tenant.
         """
-        obj = self.objects.get(state_id) or self._by_name(state_id, namespace)
-        if obj is None or (namespace is not None and not KIND_TABLE[obj.kind].visible_to(obj, namespace)):
+        obj = self.objects.get(state_id) or self._by_name(state_id, namespace, kind)
+        is_seen = obj is not None and (namespace is None or KIND_TABLE[obj.kind].visible_to(obj, namespace))
+        if obj is None or not is_seen or kind not in (None, obj.kind):
             raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
         return obj
 
@@ -122,11 +124,11 @@ class Catalog:
         """Those of its bytes that lie in a tier."""
         return (self.entries[key] for key in self.keys_of(obj) if key in self.entries)
 
-    def _by_name(self, text: str, namespace: str | None) -> StateObject | None:
+    def _by_name(self, text: str, namespace: str | None, kind: str | None) -> StateObject | None:
         name, at, version = text.partition("@")
         for where in (namespace, PUBLIC) if namespace is not None else (PUBLIC,):
-            for kind in KIND_TABLE:
-                found = self.named(str(where), kind, name, version if at else None)
+            for each in KIND_TABLE if kind is None else (kind,):
+                found = self.named(str(where), each, name, version if at else None)
                 if found is not None:
                     return found
         return None

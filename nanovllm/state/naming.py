@@ -29,6 +29,7 @@ from nanovllm.state.objects import (
     Storable,
     check_namespace,
     check_tokens,
+    kv_namespace,
     new_state_id,
 )
 from nanovllm.state.payload import decode, default_kind, object_of, payload_of
@@ -64,13 +65,14 @@ class Naming:
         if not kind.accepts(obj):
             raise InvalidRequestError(f"kind {kind.name} does not hold a {payload.form}.", param="kind")
         ttl_s = metadata.ttl if metadata.ttl is not None else kind.ttl_s
+        older = self.plane.catalog.named(metadata.namespace, kind.name, metadata.name or "", None)
         new = StateObject(
             state_id=str(new_state_id()),
             kind=kind.name,
             namespace=metadata.namespace,
             name=metadata.name,
             version=metadata.version,
-            created_ms=self.plane.wall_ms(),
+            created_ms=max(self.plane.wall_ms(), 0 if older is None else older.created_ms + 1),  # newest stays newest
             ttl_ms=None if ttl_s is None else int(ttl_s * SECOND_MS),
             durable=kind.durable if metadata.durable is None else metadata.durable,
         )
@@ -138,7 +140,7 @@ class Naming:
             self.plane.catalog.change(obj, fresh)
         parents = (None, *chain)
         cuts = [tuple(tokens[i : i + size]) for i in range(0, len(chain) * size, size)]
-        return [KVBlock(*row, obj.namespace) for row in zip(chain, parents, cuts)]
+        return [KVBlock(*row, kv_namespace(obj.namespace)) for row in zip(chain, parents, cuts)]
 
     def fork(self, obj: StateObject, metadata: Metadata) -> StateId:
         """A new object that begins as this one and goes its own way; their KV is shared."""

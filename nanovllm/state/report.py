@@ -36,10 +36,12 @@ def object_facts(obj: StateObject) -> dict[str, Any]:
 
 def content_of(obj: Storable) -> dict[str, Any]:
     """What was put, in the words that `storable` takes; a session's facts beside them."""
-    if isinstance(obj, Document | Session):
-        own = {"text": obj.text} if isinstance(obj, Document) else {"messages": [*obj.messages]}
-        facts = {"facts": {**obj.facts}} if isinstance(obj, Session) and obj.facts else {}
-        return {**own, "token_ids": [*obj.token_ids], **facts}
+    if isinstance(obj, Document):
+        path = {name: part for name in ("system", "template") if (part := getattr(obj, name))}
+        return {"text": obj.text, "token_ids": [*obj.token_ids], **path}
+    if isinstance(obj, Session):
+        facts = {"facts": {**obj.facts}} if obj.facts else {}
+        return {"messages": [*obj.messages], "token_ids": [*obj.token_ids], **facts}
     if isinstance(obj, str):
         return {"text": obj}
     return {"messages" if obj and isinstance(obj[0], Mapping) else "token_ids": [*obj]}

@@ -39,6 +39,7 @@ from nanovllm.state.objects import (
     StateObject,
     Storable,
     check_ttl,
+    kv_namespace,
 )
 from nanovllm.state.place import Place
 from nanovllm.state.plane import Plane
@@ -93,9 +94,10 @@ class StateStore:
             settings = replace(settings, block_size=device.block_size)
         places = {tier.name: _place(tier, clock, cost_of, threads) for tier in tiers}
         root = root_of or (lambda namespace: root_digest({"model": model, "namespace": namespace}))
+        roots = lambda namespace: root(kv_namespace(namespace))  # noqa: E731
         parts = PolicyParts(clock, cost_of)
         policy_of = lambda name: make_policy(name, parts)  # noqa: E731
-        self.plane = Plane(places, settings, clock, wall_ms, root, policy_of, device)
+        self.plane = Plane(places, settings, clock, wall_ms, roots, policy_of, device)
         self._reclaim = Reclaim(self.plane, self._demote)
         self._migration = Migration(self.plane, self._reclaim)
         self._naming = Naming(self.plane, self._reclaim)
@@ -279,9 +281,9 @@ class StateStore:
         tiers = {name: place.facts() for name, place in self.plane.places.items()}
         return {"objects": len(self.plane.catalog.objects), "transfers": self.plane.mover.num_pending, "tiers": tiers}
 
-    def find(self, state_id: str, namespace: str | None = None) -> StateObject:
+    def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
         """The object of an id or name, if the caller may see it and it has not expired."""
-        obj = self.plane.catalog.find(state_id, namespace)
+        obj = self.plane.catalog.find(state_id, namespace, kind)
         if obj.expires_ms is not None and self.plane.wall_ms() >= obj.expires_ms:
             self._drop(obj, "expired")
             raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")

@@ -1,0 +1,116 @@
+"""Documents in a conversation's prompt: which token ids they are, where they stand, in which order.
+
+What it is: from documents and messages to `Segment`s. What it knows nothing about: where documents are kept, who
+may read them, HTTP. Invariants: a document's ids depend on its own text and template, never on what stands around
+it; nothing in it becomes a control token; documents stand at the end of the system message, public ones first,
+then by name and version, whatever order they were named in: the same set makes the same prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.core.segments import Segment
+from nanovllm.errors import InvalidRequestError
+from nanovllm.models.chat_tokenizer import ChatTokenizer, unused_character
+from nanovllm.state.objects import PUBLIC, Document, StateObject
+
+SLOT = "{document}"
+TEMPLATE = f"\n\n{SLOT}"
+SYSTEM_ROLES = ("system", "developer")
+_ANY_QUESTION = {"role": "user", "content": "?"}
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document as prompts carry it: the ids of its text within its template, and its own system text."""
+
+    label: str
+    namespace: str
+    token_ids: tuple[int, ...]
+    system: str = ""
+
+    @property
+    def rank(self) -> tuple[bool, str, str]:
+        """Its place among others: what most prompts share goes first."""
+        return self.namespace != PUBLIC, self.label, self.namespace
+
+
+def check_template(template: str) -> None:
+    """Raise InvalidRequestError unless `template` has one slot for the document."""
+    if template.count(SLOT) != 1:
+        raise InvalidRequestError(f"template must have {SLOT} once.", param="template", hint=f"Default: {TEMPLATE!r}.")
+
+
+def passage_of(tokenizer: ChatTokenizer, document: Document | str, obj: StateObject) -> Passage:
+    """What was put, as a prompt carries it. Raises InvalidRequestError for a template without a slot."""
+    if isinstance(document, str):
+        document = Document(document)
+    template = document.template or TEMPLATE
+    check_template(template)
+    before, _, after = template.partition(SLOT)
+    ids = [
+        token_id
+        for text in (before, document.text, after)
+        for token_id in tokenizer.encode(text, parse_special=False, add_bos=False)
+    ]
+    return Passage(obj.label, obj.namespace, tuple(ids), document.system)
+
+
+def in_order(passages: Iterable[Passage]) -> list[Passage]:
+    """Each once, as they stand in a prompt."""
+    return sorted(dict.fromkeys(passages), key=lambda passage: passage.rank)
+
+
+def chat_segments(
+    tokenizer: ChatTokenizer,
+    messages: Messages,
+    passages: Iterable[Passage],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> list[Segment]:
+    """The conversation with the documents in it: `system`, each `document NAME@VERSION`, `question`.
+
+    Where it has no system message, the first document's own system text stands there. Raises
+    InvalidRequestError where the model's template does not show the system message exactly once.
+    """
+    ordered = in_order(passages)
+    slot = unused_character([list(messages), list(tools or ()), variables, [p.system for p in ordered]])
+    held = _with_slots(messages, ordered, slot)
+    pieces = tokenizer.encode_chat_around(slot, held, add_generation_prompt, tools, **variables)
+    if len(pieces) != len(ordered) + 1 or any(pieces[1:-1]):
+        raise InvalidRequestError(
+            "This model's chat template does not show the system message once: there is no place for knowledge.",
+            param="knowledge",
+            hint="Put the text into a message.",
+        )
+    middle = [Segment(f"document {passage.label}", list(passage.token_ids)) for passage in ordered]
+    return [Segment("system", pieces[0]), *middle, Segment("question", pieces[-1])]
+
+
+def path_of(tokenizer: ChatTokenizer, passage: Passage) -> tuple[list[int], int]:
+    """The ids of a prompt from its start to the end of its only document, and how many a short question adds."""
+    segments = chat_segments(tokenizer, [_ANY_QUESTION], [passage])
+    *path, question = [list(segment.content) for segment in segments]
+    return [token_id for part in path for token_id in part], len(question)  # type: ignore[misc]
+
+
+def ids_of(segments: Iterable[Segment]) -> list[int]:
+    """The prompt's token ids."""
+    return [token_id for segment in segments for token_id in segment.content if isinstance(token_id, int)]
+
+
+def _with_slots(messages: Messages, ordered: Sequence[Passage], slot: str) -> list[dict[str, Any]]:
+    """The messages, with a slot for each document at the end of the system message."""
+    slots, given = slot * len(ordered), [dict(message) for message in messages]
+    if given and given[0].get("role") in SYSTEM_ROLES:
+        if not isinstance(given[0].get("content"), str):
+            raise InvalidRequestError("Beside knowledge the system message is one text.", param="messages[0].content")
+        return [given[0] | {"content": given[0]["content"] + slots}, *given[1:]]
+    system = next((passage.system for passage in ordered if passage.system), "")
+    return [{"role": "system", "content": system + slots}, *given]

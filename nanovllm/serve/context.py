@@ -27,11 +27,16 @@ TICKET = "nanovllm.ticket"
 
 @dataclass(frozen=True)
 class Tenant:
-    """Who asks: the holder of one key, or everyone where there are no keys."""
+    """Who asks: the holder of one key, or everyone where there are no keys.
+
+    `namespace`: where the KV of its prompts lies, which --share-prefix makes one for all; `owner`: where its named
+    state lies, always its own.
+    """
 
     name: str
     namespace: str
     is_admin: bool = False
+    owner: str = ""
 
 
 @dataclass

@@ -68,7 +68,8 @@ class Tenants:
             if known == digest or tenant.name == name:
                 what = "name" if tenant.name == name else "key"
                 raise ConfigError(f"{name} and {tenant.name} have the same {what}.", param="api_key")
-        self._by_digest.append((digest, Tenant(name, "" if is_shared else namespace_of(key), is_admin)))
+        owner = namespace_of(key)
+        self._by_digest.append((digest, Tenant(name, "" if is_shared else owner, is_admin, owner)))
 
 
 def namespace_of(key: str) -> str:

@@ -65,6 +65,7 @@ class Order:
     cache_salt: str = ""
     model: str = ""  # as the client called it
     grammar_param: str = "response_format"  # the field that a grammar which cannot be compiled came from
+    session: str = ""  # the client's name for what belongs together
 
 
 class Answer:
@@ -143,8 +144,8 @@ class Answer:
                     cache_salt=order.cache_salt,
                     priority=order.priority,
                     template_tokens=prompt.template_tokens,
-                    arrival_ns=arrival_ns,
                     segments=prompt.segments,
+                    arrival_ns=arrival_ns,
                     on_start=on_start,
                     queue_timeout_s=services.config.queue_timeout,
                     timeout_s=max(0.0, services.config.request_timeout - spent_s),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,7 +181,16 @@ def usage_of(finished: Sequence[Finished]) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in finished)},
+        "nanovllm": {"hit_tokens_by_tier": hit_tokens_by_tier(finished)},
     }
+
+
+def hit_tokens_by_tier(finished: Sequence[Finished]) -> dict[str, int]:
+    """Where the cached tokens lay, tiers without any left out; the sum is `cached_tokens`."""
+    tiers: Counter[str] = Counter()
+    for one in finished:
+        tiers.update(one.hit_tokens_by_tier)
+    return {tier: tokens for tier, tokens in tiers.items() if tokens}
 
 
 def _logprobs(head: Head, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:

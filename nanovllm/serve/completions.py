@@ -24,6 +24,7 @@ from nanovllm.serve.fields import (
 )
 from nanovllm.serve.protocol import CompletionRequest
 from nanovllm.serve.reception import check_length, decoded, encode_text, parts_of
+from nanovllm.serve.session_hint import session_of
 from nanovllm.serve.text_answer import Head, TextStream, TextWhole
 
 
@@ -49,7 +50,8 @@ async def completions(request: Request) -> Answer:
     running = [len(prompt.token_ids) for prompt in prompts] if streaming.is_running else []
     head = Head(name, params.n, echoes, tokenizer, body.logprobs, streaming.has_usage, running)
     rendering = TextStream(head) if streaming.is_stream else TextWhole(head)
-    order = Order(prompts, params, priority, body.cache_salt or "", name, blamed(None, body.response_format))
+    blame, session = blamed(None, body.response_format), session_of(request, body)
+    order = Order(prompts, params, priority, body.cache_salt or "", name, blame, session)
     return Answer(services, ticket, order, rendering, streaming.is_stream)
 
 

@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 from nanovllm.core.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP, MAX_STOP_IDS
 
 MAX_CHOICES = 1024
+MAX_SESSION = 128
 
 Count = Annotated[int, Meta(ge=1, le=2**31)]
 CountOrZero = Annotated[int, Meta(ge=0, le=2**31)]
@@ -25,6 +26,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Name = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Text = Annotated[str, Meta(min_length=1)]
 Label = Annotated[str, Meta(max_length=256)]
+SessionName = Annotated[str, Meta(min_length=1, max_length=MAX_SESSION)]
 Schema = dict[str, Any]
 
 
@@ -35,9 +37,14 @@ class Hints(Struct, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: str | None = None
     service_tier: str | None = None
     metadata: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    session_id: str | None = None
+
+
+class Hinted(Hints, kw_only=True, forbid_unknown_fields=True):
+    """Fields that change no output either, but say which state will be wanted again: see `session_hint`."""
+
+    session_id: SessionName | None = None
+    prompt_cache_key: SessionName | None = None
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -61,7 +68,7 @@ class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
     grammar: str | None = None
 
 
-class Sampling(Hints, kw_only=True, forbid_unknown_fields=True):
+class Sampling(Hinted, kw_only=True, forbid_unknown_fields=True):
     """What chat and text completions have in common."""
 
     model: Label | None = None

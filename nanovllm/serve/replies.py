@@ -35,13 +35,20 @@ class PromptDetails(Struct, forbid_unknown_fields=True):
     cached_tokens: int
 
 
+class OwnUsage(Struct, forbid_unknown_fields=True):
+    """Where the cached tokens lay: `device`, `host`, `disk`, `remote`."""
+
+    hit_tokens_by_tier: dict[str, int]
+
+
 class Usage(Struct, forbid_unknown_fields=True):
-    """Tokens of all prompts and samples."""
+    """Tokens of all prompts and samples; `nanovllm` is this server's own."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    nanovllm: OwnUsage | None = None
 
 
 class TokenLogprob(Struct, forbid_unknown_fields=True):

@@ -88,8 +88,11 @@ class Bundles:
     def _take(self, obj: StateObject, blocks: list[tuple[Label, bytes]]) -> int:
         """Those that are this object's own blocks here, in order."""
         pairs: list[tuple[KVBlock, bytes]] = []
+        size = None if self.plane.device is None else self.plane.device.block_bytes
         for own, (label, payload) in zip(self.naming.blocks_of(obj), blocks):
             if label.key != own.digest or label.layout != self.plane.layout or label.namespace != own.namespace:
+                break
+            if size not in (None, len(payload)):
                 break
             pairs.append((own, payload))
         transfer = self.migration.spill(pairs) if pairs else None

@@ -105,7 +105,8 @@ class StateStore:
         self._bundles = Bundles(self.plane, self._naming, self._migration)
         self._audit = Audit(self.plane, self._residency)
         self._swept_ms = 0
-        self.warnings = [*(w for tier in tiers for w in getattr(tier, "warnings", ())), *restore(self.plane)]
+        found = restore(self.plane)
+        self.warnings = [*(w for tier in tiers for w in getattr(tier, "warnings", ())), *found]
         self.tick()
 
     @classmethod

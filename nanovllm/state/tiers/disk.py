@@ -87,6 +87,9 @@ class DiskTier:
     def scan(self) -> Iterator[Found]:
         """Everything that survived."""
         yield from self.files.recover(self._rows)
+        counts = self.files.counts
+        if counts.missing or counts.damaged:
+            self.warnings.append(f"Texts were lost: {counts.missing} files are gone, {counts.damaged} are damaged.")
         yield from self.segments.recover()
 
     def quarantine(self, key: bytes, sealed: bytes | None) -> None:
@@ -135,8 +138,9 @@ class DiskTier:
         except TierError as error:
             if ledger is not None:
                 ledger.close()
-            if self.read_only:
-                raise
+            if self.read_only:  # its journal needs a file beside it, which a read-only file system does not take
+                self.warnings.append(f"{error.message} The files are read without it.")
+                return Ledger(None, read_only=True)
             self.warnings.append(f"{error.message} It is built anew from the files.")
         for tail in ("", "-wal", "-shm"):
             file = self.path / (FILE + tail)

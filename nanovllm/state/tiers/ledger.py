@@ -43,13 +43,13 @@ class Row:
 
 
 class Ledger:
-    """The rows, and the commits. Used by one thread at a time."""
+    """The rows, and the commits. Used by one thread at a time. Without a folder: no rows, and none are kept."""
 
-    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path | None, *, read_only: bool = False) -> None:
+        self.path = (folder or Path()) / FILE
         if self.path.is_symlink():
             raise TierError("The ledger is a symbolic link.")
-        uri = f"{self.path.absolute().as_uri()}{'?mode=ro' if read_only else ''}"
+        uri = f"{self.path.absolute().as_uri()}{'?mode=ro' if read_only else ''}" if folder else "file::memory:"
         with sqlite_errors():
             self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=2.0)
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def build_state(
         disk_bytes=parse_bytes(config.state_disk_quota, "state_disk_quota"),
         remote=_remote(config.state_remote),
         device=device,
-        root_of=lambda namespace: root_of(identity, namespace),
+        root_of=partial(root_of, identity),
         cost_of=costs.ms,
         clock=clock,
     )
@@ -51,12 +52,13 @@ def build_state(
         logger.warning("%s", warning)
     kv_tiers = {"host": host, "disk": config.state_dir, "remote": config.state_remote}
     names = tuple(name for name, setting in kv_tiers.items() if setting is not None)
-    return TieredState(blocks, device, store, kv_tiers=names, load_mode=config.state_load, costs=costs)
+    salted = partial(root_of, identity)
+    return TieredState(blocks, device, store, kv_tiers=names, load_mode=config.state_load, costs=costs, root_of=salted)
 
 
-def root_of(identity: Mapping[str, object], namespace: str) -> Digest:
-    """The root of a namespace's digest chains, as `SequenceFactory` makes it without a salt."""
-    return root_digest({**identity, "namespace": engine_namespace(namespace), "salt": ""})
+def root_of(identity: Mapping[str, object], namespace: str, salt: str = "") -> Digest:
+    """The root of a namespace's digest chains, as `SequenceFactory` makes it."""
+    return root_digest({**identity, "namespace": engine_namespace(namespace), "salt": salt})
 
 
 def layout_of(pool: torch.Tensor) -> str:

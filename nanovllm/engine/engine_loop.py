@@ -41,7 +41,7 @@ from nanovllm.engine.messages import (
 )
 from nanovllm.engine.outputs import StepOutput
 from nanovllm.engine.prefill_rate import PrefillRate
-from nanovllm.engine.state_calls import apply_call
+from nanovllm.engine.state_calls import apply_engine_call
 from nanovllm.engine.state_count import count_totals
 from nanovllm.engine.watch import StateWatch
 from nanovllm.errors import ExecutionError, InvalidRequestError, NanoVLLMError, UnhealthyError
@@ -172,7 +172,7 @@ class EngineLoop:
             error = InvalidRequestError("This engine has no state plane.", param="verb")
             self._send(StateAnswer(call.call_id, error=ErrorInfo.of(error)))
         else:
-            apply_call(state.store, call, self._send)
+            apply_engine_call(state, call, self._send)
 
     def _refuse(self, request_id: str, error: NanoVLLMError) -> None:
         self._compiling.pop(request_id, None)

@@ -1,9 +1,10 @@
 """Calls on the state store as messages, for callers that do not share the engine's thread.
 
 What it is: a table of verbs, the way of a call there (plain data) and of its answer back (the store's own
-types). What it knows nothing about: links, HTTP, who may call what. Invariants: what crosses is numbers,
-strings, bytes, lists and maps; each call is answered exactly once, by its result or by its error; a put, an
-update and a drop do not wait for the disk, whatever else waits does so for a tier's deadline at most.
+types); one verb, `written`, is the engine's own. What it knows nothing about: links, HTTP, who may call what.
+Invariants: what crosses is numbers, strings, bytes, lists and maps; each call is answered exactly once, by its
+result or by its error; a put, an update and a drop do not wait for the disk, whatever else waits does so for a
+tier's deadline at most.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import msgspec
 
 from nanovllm.engine.messages import ErrorInfo, StateAnswer, StateCall
+from nanovllm.engine.tiered_state import TieredState
+from nanovllm.engine.written import Written
 from nanovllm.errors import ExecutionError, InvalidRequestError, NanoVLLMError, StateRefusedError
 from nanovllm.state.objects import Metadata, StateId, StateMatch, StateObject
 from nanovllm.state.payload import decode, encode, object_of, payload_of
@@ -25,7 +28,9 @@ from nanovllm.state.storing import Pending
 Answer = Callable[[StateAnswer], None]
 WIRE_BYTES = 32 << 20  # of one object: half of what a frame may hold
 OBJECT = "obj"
+WRITTEN = "written"
 RESULTS: dict[str, Any] = {
+    WRITTEN: Written,
     "put": StateId,
     "update": Receipt,
     "get": object,
@@ -73,6 +78,17 @@ def result_of(answer: StateAnswer, verb: str) -> Any:
     state_id = StateId(answer.result)
     state_id.receipt = receipt
     return state_id
+
+
+def apply_engine_call(state: TieredState, call: StateCall, answer: Answer) -> None:
+    """As `apply_call`; `written` is answered now, or by a later `state.poll()`."""
+    if call.verb != WRITTEN:
+        apply_call(state.store, call, answer)
+        return
+    try:
+        state.written.ask(lambda written: answer(_answered(call, written)), **call.args)
+    except Exception as error:  # noqa: BLE001  whatever it is, it belongs to whoever asked
+        answer(_refused(call, error))
 
 
 def apply_call(store: StateStore, call: StateCall, answer: Answer) -> None:

@@ -26,6 +26,7 @@ from nanovllm.engine.prefix_index import Block
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_costs import StepCosts
 from nanovllm.engine.write_behind import WriteBehind
+from nanovllm.engine.written import RootOf, WrittenCalls
 from nanovllm.state.migration import Load
 from nanovllm.state.mover import MILLISECOND, Transfer
 from nanovllm.state.objects import KVBlock
@@ -75,6 +76,7 @@ class TieredState(DeviceState):
         load_mode: str = AUTO,
         costs: StepCosts | None = None,
         bytes_per_step: int = BYTES_PER_STEP,
+        root_of: RootOf | None = None,
     ) -> None:
         super().__init__(block_manager)
         self.device, self.store = device, store
@@ -83,6 +85,7 @@ class TieredState(DeviceState):
         self.counters = StateCounters()
         self.is_active = bool(kv_tiers) and block_manager.prefix_mode == "reuse"
         self.behind = WriteBehind(device, store, kv_tiers, bytes_per_step)
+        self.written = WrittenCalls(store, self.behind, root_of or (lambda name, salt: store.plane.root_of(name)))
         self._loads: OrderedDict[Sequence, PendingLoad] = OrderedDict()
         self._generation = 0
         self._budget = bytes_per_step
@@ -136,6 +139,7 @@ class TieredState(DeviceState):
         reports = [self._end(load) for load in list(self._loads.values()) if self._is_over(load)]
         with self._harmless():
             self.behind.write()
+            self.written.poll()
         return reports
 
     def tick(self) -> None:
@@ -145,7 +149,8 @@ class TieredState(DeviceState):
 
     def is_settled(self) -> bool:
         """False while anything is on its way between tiers, or waits to be written."""
-        return not self._loads and self.behind.is_empty and self.store.plane.mover.num_pending == 0
+        transfers = self.store.plane.mover.num_pending
+        return not self._loads and self.behind.is_empty and self.written.is_empty and transfers == 0
 
     def close(self) -> None:
         """Write what waits, as far as the tiers take it, and close the store."""
@@ -153,6 +158,7 @@ class TieredState(DeviceState):
         self.block_manager.on_evict = None
         with self._harmless():
             self.behind.drain()
+            self.written.close()
         self.store.close()
         del self.device.memory  # the pool goes with the engine, whoever still holds its books
 

@@ -1,19 +1,23 @@
 """WriteBehind: full blocks on their way from the device to the tiers below it.
 
-What it is: a queue of digests, from which each step copies a bounded number of bytes out of the pool. What it
-knows nothing about: sequences, when blocks are computed. Invariants: the queue is bounded, and what does not
-fit is dropped and counted: losing a copy costs time, never an answer; no more than MAX_WRITES writes are
-under way, so a slow tier holds up no memory; a block that a tier has, or gets, is not copied again.
+What it is: a queue of digests per tier, from which each step copies a bounded number of bytes out of the pool.
+What it knows nothing about: sequences, when blocks are computed. Invariants: a queue is bounded, and what does
+not fit is dropped and counted: losing a copy costs time, never an answer; no more than MAX_WRITES writes of a tier
+are under way, so a slow tier holds up no memory, and no other tier; a block that a tier has, or gets, is not copied
+to it again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from nanovllm.engine.device_state_tier import DeviceStateTier
 from nanovllm.engine.prefix_index import Block
 from nanovllm.state.mover import Transfer
 from nanovllm.state.objects import KVBlock
+from nanovllm.state.place import Place
 from nanovllm.state.store import StateStore
 
 MAX_QUEUED = 65_536
@@ -21,91 +25,125 @@ MAX_WRITES = 4
 BATCH_BYTES = 4 << 20
 
 
+@dataclass
+class Backlog:
+    """What one tier still lacks: digests with what computing them cost, ms, and the writes under way."""
+
+    place: Place
+    waiting: OrderedDict[bytes, float] = field(default_factory=OrderedDict)
+    writes: list[Transfer] = field(default_factory=list)
+
+    @property
+    def is_busy(self) -> bool:
+        """No further write may begin."""
+        self.writes = [transfer for transfer in self.writes if not transfer.done]
+        return len(self.writes) >= MAX_WRITES
+
+    @property
+    def takes_writes(self) -> bool:
+        """False while the tier is left alone."""
+        return self.place.writes.state != "open"
+
+
 class WriteBehind:
-    """The queue of one engine. `tiers`: where blocks are copied to, each of them."""
+    """The queues of one engine. `tiers`: where blocks are copied to, each of them."""
 
     def __init__(self, device: DeviceStateTier, store: StateStore, tiers: tuple[str, ...], bytes_per_step: int) -> None:
         self.tiers = tiers
         self.written_blocks = self.dropped_blocks = 0
-        self._device, self._store, self._bytes_per_step = device, store, bytes_per_step
-        self._queue: OrderedDict[bytes, float] = OrderedDict()  # digest -> what computing it cost, ms
-        self._writes: list[Transfer] = []
-        self._eviction_budget = bytes_per_step
+        self._device, self._store = device, store
+        self._backlogs = {name: Backlog(store.plane.places[name]) for name in tiers}
+        self._budget = self._eviction_budget = bytes_per_step
 
     @property
     def is_empty(self) -> bool:
         """Nothing waits, and nothing is being written."""
-        return not self._queue and not self._under_way()
+        return not any(backlog.waiting or self._under_way(backlog) for backlog in self._backlogs.values())
 
     def add(self, digest: bytes, cost_ms: float) -> None:
         """A block became findable."""
-        if len(self._queue) >= MAX_QUEUED:
-            self.dropped_blocks += 1
-        elif self._missing(digest):
-            self._queue[digest] = cost_ms
+        for backlog in self._backlogs.values():
+            if self._lacks(backlog, digest):
+                self.dropped_blocks += len(backlog.waiting) >= MAX_QUEUED
+                if len(backlog.waiting) < MAX_QUEUED:
+                    backlog.waiting[digest] = cost_ms
+
+    def hurry(self, digests: Iterable[bytes]) -> None:
+        """These go first, in this order: somebody waits for them."""
+        for digest in reversed(list(digests)):
+            for backlog in self._backlogs.values():
+                if digest in backlog.waiting:
+                    backlog.waiting.move_to_end(digest, last=False)
+
+    def is_on_its_way(self, digest: bytes, tier: str) -> bool:
+        """Whether the block waits to be written to that tier, or is being written."""
+        entry = self._store.plane.catalog.entries.get(digest)
+        return digest in self._backlogs[tier].waiting or (entry is not None and tier in entry.arriving)
 
     def write(self) -> None:
         """Copy some blocks out and begin to write them; called once a step."""
-        self._eviction_budget = budget = self._bytes_per_step
-        size = self._device.block_bytes
-        while self._queue and budget > 0 and len(self._under_way()) < MAX_WRITES:
-            count = max(1, min(BATCH_BYTES, budget) // size)
-            batch = [self._queue.popitem(last=False) for _ in range(min(count, len(self._queue)))]
-            budget -= size * len(batch)
-            self._spill([block for digest, cost in batch if (block := self._block(digest, cost)) is not None])
+        self._eviction_budget = self._budget
+        for backlog in self._backlogs.values():
+            self._write(backlog, self._budget // len(self._backlogs))
 
     def evicted(self, block: Block) -> None:
         """A block is about to be overwritten: the last moment to copy it, where no tier has it."""
         digest = block.hash_value or b""
-        cost_ms = self._queue.pop(digest, 0.0)
+        costs = [backlog.waiting.pop(digest, 0.0) for backlog in self._backlogs.values()]
         entry = self._store.plane.catalog.entries.get(digest)
         if entry is not None and (entry.tiers or entry.arriving):
             return
-        described = self._device.describe(block, cost_ms)
-        if described is None or self._eviction_budget <= 0 or len(self._under_way()) >= MAX_WRITES:
+        described = self._device.describe(block, max(costs, default=0.0))
+        backlogs = [each for each in self._backlogs.values() if not each.is_busy and self._lacks(each, digest)]
+        if described is None or self._eviction_budget <= 0 or not backlogs:
             self.dropped_blocks += 1
             return
         self._eviction_budget -= self._device.block_bytes
-        self._spill([described])
+        for backlog in backlogs:
+            self._spill(backlog, [described])
 
     def drain(self) -> None:
         """Write all that waits; the tiers' deadlines bound that."""
-        while self._queue:
+        while any(backlog.waiting for backlog in self._backlogs.values()):
             self.write()
             self._store.settle()
         self._store.settle()
 
     def facts(self) -> dict[str, int]:
-        """For metrics and pages."""
+        """For metrics and pages. A block that goes to two tiers counts twice."""
         return {
             "spilled_blocks": self.written_blocks,
             "spills_dropped": self.dropped_blocks,
-            "spills_waiting": len(self._queue),
+            "spills_waiting": sum(len(backlog.waiting) for backlog in self._backlogs.values()),
         }
 
-    def _under_way(self) -> list[Transfer]:
-        self._writes = [transfer for transfer in self._writes if not transfer.done]
-        return self._writes
+    def _under_way(self, backlog: Backlog) -> bool:
+        return any(not transfer.done for transfer in backlog.writes)
 
-    def _missing(self, digest: bytes) -> list[str]:
-        """The tiers that lack this block and take writes."""
-        plane = self._store.plane
-        entry = plane.catalog.entries.get(digest)
-        have = set() if entry is None else entry.tiers | entry.arriving
-        return [name for name in self.tiers if name not in have and plane.places[name].writes.state != "open"]
+    def _lacks(self, backlog: Backlog, digest: bytes) -> bool:
+        """Whether the tier has not got this block, gets it not, and takes writes."""
+        entry = self._store.plane.catalog.entries.get(digest)
+        has = entry is not None and backlog.place.name in entry.tiers | entry.arriving
+        return not has and backlog.takes_writes
 
-    def _block(self, digest: bytes, cost_ms: float) -> KVBlock | None:
-        """The block as it can be found now; None where it was evicted meanwhile, or every tier has it."""
+    def _write(self, backlog: Backlog, budget: int) -> None:
+        size = self._device.block_bytes
+        while backlog.waiting and budget > 0 and not backlog.is_busy:
+            count = max(1, min(BATCH_BYTES, budget) // size)
+            batch = [backlog.waiting.popitem(last=False) for _ in range(min(count, len(backlog.waiting)))]
+            budget -= size * len(batch)
+            self._spill(backlog, [found for digest, cost in batch if (found := self._found(backlog, digest, cost))])
+
+    def _found(self, backlog: Backlog, digest: bytes, cost_ms: float) -> KVBlock | None:
+        """The block as it can be found now; None where it was evicted meanwhile, or the tier has it."""
         holder = self._device.manager.index.holder_of(digest)
-        return self._device.describe(holder, cost_ms) if holder is not None and self._missing(digest) else None
+        return self._device.describe(holder, cost_ms) if holder is not None and self._lacks(backlog, digest) else None
 
-    def _spill(self, blocks: list[KVBlock]) -> None:
+    def _spill(self, backlog: Backlog, blocks: list[KVBlock]) -> None:
         pairs = [(block, data) for block in blocks if (data := self._device.read(block.digest)) is not None]
-        for name in self.tiers:
-            wanted = [pair for pair in pairs if name in self._missing(pair[0].digest)]
-            transfer = self._store.spill(wanted, name) if wanted else None
-            if transfer is None:
-                self.dropped_blocks += len(wanted)
-                continue
-            self.written_blocks += len(wanted)
-            self._writes.append(transfer)
+        transfer = self._store.spill(pairs, backlog.place.name) if pairs else None
+        if transfer is None:
+            self.dropped_blocks += len(pairs)
+            return
+        self.written_blocks += len(pairs)
+        backlog.writes.append(transfer)

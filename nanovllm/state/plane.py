@@ -64,9 +64,9 @@ class Plane:
         """Ranges of a block's envelope: one per layer."""
         return self.settings.layers if self.device is None else self.device.num_layers
 
-    def chain_of(self, token_ids: Sequence[int], namespace: str) -> tuple[Digest, ...]:
-        """The digests of the full blocks of a prompt."""
-        size, parent, chain = self.settings.block_size, self.root_of(namespace), []
+    def chain_of(self, token_ids: Sequence[int], namespace: str, root: Digest | None = None) -> tuple[Digest, ...]:
+        """The digests of the full blocks of a prompt; behind another `root` where it has a salt of its own."""
+        size, parent, chain = self.settings.block_size, root or self.root_of(namespace), []
         for start in range(0, len(token_ids) - size + 1, size):
             parent = self.digest_fn(parent, token_ids[start : start + size])
             chain.append(parent)

@@ -163,6 +163,7 @@ class AsyncEngine:
         arrival_ns: int | None = None,
         segments: tuple[SegmentSpan, ...] = (),
         prefill_only: bool = False,
+        session_id: str = "",
         on_start: Callable[[], None] | None = None,
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
@@ -170,6 +171,7 @@ class AsyncEngine:
         """Queue a request. Raises InvalidRequestError, or DrainingError and UnhealthyError where none are taken.
 
         `segments` name the parts of the prompt, and cover it. A `prefill_only` request leaves its KV, no token.
+        `session_id` is a hint which state is wanted again; it changes no token.
         `on_start` is called when its first step has run. The stream fails with BusyError where that has not
         happened after `queue_timeout_s`, and with DeadlineError where it has not ended after `timeout_s`.
         """
@@ -180,7 +182,7 @@ class AsyncEngine:
         self._streams[request_id] = stream
         self._is_empty.clear()
         stream.set_deadlines(queue_timeout_s, timeout_s)
-        labels = (namespace, cache_salt, priority, template_tokens, arrival_ns, segments, prefill_only)
+        labels = (namespace, cache_salt, priority, template_tokens, arrival_ns, segments, prefill_only, session_id)
         self.link.send(Submit(request_id, token_ids, params_to_wire(params), *labels))
         return stream
 

@@ -154,6 +154,7 @@ class EngineLoop:
             request_id=message.request_id,
             namespace=message.namespace,
             cache_salt=message.cache_salt,
+            session_id=message.session_id,
             priority=message.priority,
             template_tokens=message.template_tokens,
             arrival_ns=message.arrival_ns,

@@ -97,7 +97,12 @@ class Intake:
 
 
 def check_labels(
-    request_id: object, priority: object, namespace: object, cache_salt: object, prefill_only: object
+    request_id: object,
+    priority: object,
+    namespace: object,
+    cache_salt: object,
+    session_id: object,
+    prefill_only: object,
 ) -> None:
     """Raise InvalidRequestError unless the labels that a request carries beside its prompt are of their kind."""
     kinds = (
@@ -105,6 +110,7 @@ def check_labels(
         ("priority", priority, int),
         ("namespace", namespace, str),
         ("cache_salt", cache_salt, str),
+        ("session_id", session_id, str),
         ("prefill_only", prefill_only, bool),
     )
     for name, value, kind in kinds:

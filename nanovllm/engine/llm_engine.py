@@ -67,26 +67,29 @@ class LLMEngine:
         priority: int = 0,
         namespace: str = "",
         cache_salt: str = "",
+        session_id: str = "",
         prefill_only: bool = False,
         template_tokens: int | None = None,
         arrival_ns: int | None = None,
     ) -> str:
         """Validate, tokenize, build the `Sequence` and queue it; returns its request_id.
 
-        `template_tokens` is what a chat template added to the prompt, kept for display. Raises
-        InvalidRequestError or ContextLengthError; the engine is then as it was before.
+        `template_tokens` is what a chat template added to the prompt, kept for display. `session_id`: a hint which
+        state will be wanted again; it changes no token. Raises InvalidRequestError or ContextLengthError; the
+        engine is then as it was before.
         """
         # BEGIN SOLUTION add_request
         arrival_ns = self.clock.now_ns() if arrival_ns is None else arrival_ns
-        check_labels(request_id, priority, namespace, cache_salt, prefill_only)
+        check_labels(request_id, priority, namespace, cache_salt, session_id, prefill_only)
         request_id = self._identify(request_id)
         params = SamplingParams() if sampling_params is None else sampling_params
         self.events.request(request_id, "entered", 0, 0, 0, ts_ns=arrival_ns)
         try:
             token_ids, segments = self.intake.tokenize(prompt)
             self.intake.check(token_ids, params)
-            labels = {"priority": priority, "namespace": namespace, "cache_salt": cache_salt, "segments": segments}
-            seqs = self._sequences.new(token_ids, params, request_id, arrival_ns, prefill_only=prefill_only, **labels)
+            labels = {"namespace": namespace, "cache_salt": cache_salt, "session_id": session_id}
+            shape = {"priority": priority, "segments": segments, "prefill_only": prefill_only}
+            seqs = self._sequences.new(token_ids, params, request_id, arrival_ns, **labels, **shape)
             self._enqueue(request_id, seqs, template_tokens)
         except Exception as error:
             self.events.request(request_id, "rejected", 0, 0, 0)

@@ -38,6 +38,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     arrival_ns: int | None = None
     segments: tuple[SegmentSpan, ...] = ()
     prefill_only: bool = False
+    session_id: str = ""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -34,6 +34,7 @@ class RequestArgs(TypedDict, total=False):
     priority: int
     namespace: str
     cache_salt: str
+    session_id: str
     prefill_only: bool
     template_tokens: int | None
     arrival_ns: int | None

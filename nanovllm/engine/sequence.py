@@ -7,8 +7,7 @@ Interval ledger, between steps:
     [0, num_cached_tokens)                KV is valid, in the blocks of `block_table`
     [num_cached_tokens, num_tokens)       known tokens without KV; the next step computes from here
     [num_prompt_tokens, num_tokens)       the completion
-While decoding, num_cached_tokens == num_tokens - 1: the last sampled token has no KV yet.
-`num_scheduled_tokens` is what the step in flight computes; 0 between steps.
+While decoding, num_cached_tokens == num_tokens - 1. `num_scheduled_tokens`: what the step in flight computes, or 0.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ class Sequence:
     prefill_only: bool = False
     max_total_tokens: int = 2**62  # where generation ends at the latest: max_tokens or max_model_len
     namespace: str = ""
+    session_id: str = ""  # whose state this is likely to be again; a hint that stays with this engine
     root_digest: bytes = b""
     eos_token_ids: tuple[int, ...] = ()
     segments: tuple[SegmentSpan, ...] = ()

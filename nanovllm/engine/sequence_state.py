@@ -22,6 +22,7 @@ Resume view, field by field:
 | segments          | spans are unknown to the state plane         | reuse is accounted to the wrong segment   |
 | num_preemptions   | epoch restarts at 0                          | events of two lives share an epoch        |
 
+`session_id` stays behind: it says what this engine keeps, and the other one has its own.
 Worker view: token_ids (only those to compute), start, block_table, num_scheduled_tokens;
 a lost one stops the step, a false one reads or writes another sequence's KV.
 """

@@ -16,11 +16,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.models.chat_template import ChatTemplate
+from nanovllm.models.known_ids import spelled_prefix
 
 Messages = Sequence[Mapping[str, Any]]
 _MAX_DEPTH = 64
@@ -118,6 +119,29 @@ class ChatTokenizer(ABC):
         """
         text, sentinel = self._guarded(messages, add_generation_prompt, tools, variables)
         return [self._encode_guarded(piece, sentinel) for piece in text.split(slot)]
+
+    def extend_chat(
+        self,
+        known: Sequence[int],
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """As `encode_chat`, but beginning with as many of the `known` ids as spell the same text.
+
+        A model's own tokens are kept where tokenizing its text again would cut it otherwise, so that KV which was
+        computed for them is found. Without `known`, or where they spell something else, equal to `encode_chat`.
+        """
+        text, sentinel = self._guarded(messages, add_generation_prompt, tools, variables)
+        spellings = {token_id: spelling for spelling, token_id in self.special_tokens.items()}
+        decode = partial(self.decode, skip_special_tokens=False)
+        kept, at = spelled_prefix(
+            known, text, sentinel, specials=spellings, pattern=self._special_pattern, decode=decode
+        )
+        before = spellings.get(known[kept - 1], "") if kept else ""
+        rest = self._encode_guarded(before + text[at:], sentinel)
+        return [*known[:kept], *(rest[1:] if before else rest)]
 
     def count_content_tokens(self, messages: Messages) -> int:
         """Tokens of the bare contents, so that a caller can show what the template adds."""

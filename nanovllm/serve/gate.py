@@ -134,7 +134,9 @@ class Gate:
             raise UnhealthyError("The engine has failed.", hint="Restart the server.")
 
     def _takes_body(self, scope: Scope) -> bool:
-        return scope["method"] == "POST" and (scope["path"] in self._posts or _is_of_state(scope["path"]))
+        if _is_of_state(scope["path"]):
+            return scope["method"] in ("POST", "PUT")
+        return scope["method"] == "POST" and scope["path"] in self._posts
 
     def _admit(self, path: str, headers: Headers, ticket: Ticket) -> None:
         """Take a slot, by an estimate; only what generates waits for prefill."""

@@ -65,6 +65,13 @@ async def get(request: Request) -> Response:
     return _json({**object_facts(found), "content": content_of(content)})
 
 
+async def update(request: Request) -> Response:
+    """Replace what an object holds; of two at once one is refused, and with `generation` whoever has not read it."""
+    body = await _body(request, protocol.UpdateBody)
+    obj = storable(body.text, body.token_ids, body.messages)
+    return await _act(request, "update", **_named(request), obj=obj, generation=body.generation)
+
+
 async def drop(request: Request) -> Response:
     """Out of every tier."""
     return await _act(request, "drop", **_named(request))
@@ -137,6 +144,7 @@ ROUTES = (
     Route(OBJECTS, list_objects, methods=["GET"]),
     Route(OBJECTS, put, methods=["POST"]),
     Route(OBJECT, get, methods=["GET"]),
+    Route(OBJECT, update, methods=["PUT"]),
     Route(OBJECT, drop, methods=["DELETE"]),
     Route(f"{OBJECT}/explain", explain, methods=["GET"]),
     Route(f"{OBJECT}/export", export, methods=["GET"]),

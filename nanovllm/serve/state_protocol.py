@@ -36,6 +36,15 @@ class PutBody(Struct, kw_only=True, forbid_unknown_fields=True):
     metadata: PutMetadata | None = None
 
 
+class UpdateBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """PUT /state/objects/{id}: new content; with `generation`, only if the object is still at that one."""
+
+    text: str | None = None
+    token_ids: list[TokenId] | None = None
+    messages: list[dict[str, Any]] | None = None
+    generation: Annotated[int, Meta(ge=1, le=2**53)] | None = None
+
+
 class PinBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /state/objects/{id}/pin: `ttl` in seconds, for ever without."""
 

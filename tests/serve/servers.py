@@ -72,7 +72,7 @@ class Client:
             whole = {**self.headers, **(headers or {})}
             if body is not None and not isinstance(body, bytes):
                 body = json.dumps(body).encode()
-            if method == "POST":
+            if method in ("POST", "PUT"):
                 whole = {"Content-Type": "application/json", **whole}
             connection.request(method, path, body, whole)
             reply = connection.getresponse()

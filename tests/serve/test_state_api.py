@@ -84,6 +84,30 @@ def test_one_object_through_every_call(live: LiveServer) -> None:
         assert live.ask("DELETE", f"{OBJECTS}/{one}").status == 200
 
 
+def test_an_update_is_the_next_generation_and_one_writer_wins(live: LiveServer) -> None:
+    state_id = put(live, messages=[{"role": "user", "content": "1"}], metadata={"name": "talk"})
+    path = f"{OBJECTS}/talk"
+    messages = [{"role": "user", "content": "2"}]
+    done = live.ask("PUT", path, {"messages": messages, "generation": 1})
+    assert done.status == 200, done.body
+    assert (done.status, done.json["ok"], done.json["action"], done.json["detail"]["generation"]) == (
+        200, True, "update", 2,
+    )  # fmt: skip
+    late = refused(live.ask("PUT", path, {"messages": messages, "generation": 1}), 409, "state_conflict")
+    assert late["error"]["param"] == "generation"
+    assert live.ask("PUT", path, {"messages": messages, "token_ids": TOKENS}).json["detail"]["blocks"] == 8
+    shown = live.get(f"{OBJECTS}/{state_id}").json
+    assert (shown["generation"], shown["content"]) == (3, {"messages": messages, "token_ids": TOKENS})
+    refused(live.ask("PUT", path, {}), 400, "invalid_request")
+    refused(live.ask("PUT", path, {"text": "a", "generation": 0}), 400, "invalid_request")
+    refused(live.ask("PUT", path, {"token_ids": TOKENS}), 400, "invalid_request")  # a session holds messages
+    refused(live.ask("PUT", f"{OBJECTS}/nobody", {"text": "a"}), 404, "state_not_found")
+    refused(live.ask("PUT", path, {"text": "a"}, {"Authorization": "Bearer user-key"}), 403, "access_denied")
+    refused(live.ask("PUT", path, b"{}", {"Content-Type": "text/plain"}), 415, "unsupported_media_type")
+    refused(live.ask("PUT", path, b" " * (8 * 2**20 + 1)), 413, "payload_too_large")
+    live.ask("DELETE", path)
+
+
 def test_a_bundle_leaves_and_comes_back_whole_or_not_at_all(live: LiveServer) -> None:
     state_id = put(live, text="B", metadata={"name": "bundle"})
     bundle = live.get(f"{OBJECTS}/{state_id}/export")

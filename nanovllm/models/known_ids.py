@@ -35,7 +35,7 @@ def spelled_prefix(
         if found is None:
             break
         at = found
-        if is_special or end == len(ids) and _begins_special(text, at, pattern, sentinel):
+        if is_special or (end == len(ids) and _begins_special(text, at, pattern, sentinel)):
             kept = end, at
     return kept
 

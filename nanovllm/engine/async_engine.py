@@ -139,7 +139,8 @@ class AsyncEngine:
 
         Returns and raises what the store does. Raises UnhealthyError where the engine ends before it answers.
         """
-        self._check_state()
+        if self.state != "draining":  # what still runs may still keep its state
+            self._check_state()
         self._num_calls += 1
         call = call_of(self._num_calls, verb, arguments)
         self._calls[call.call_id] = answered = asyncio.get_running_loop().create_future()

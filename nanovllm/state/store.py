@@ -277,6 +277,12 @@ class StateStore:
         found = [obj for obj in seen if kind in (None, obj.kind) and name in (None, obj.name, obj.label)]
         return [obj for obj in found if _place_in_list(obj) > tuple(after)][:limit]
 
+    def holdings(self, namespace: str, kind: str) -> dict[str, int]:
+        """How many objects of a kind a tenant has, and the bytes of what they hold; for quotas."""
+        objects = self.plane.catalog.objects.values()
+        sizes = [o.payload_bytes for o in objects if o.namespace == namespace and o.kind == kind]
+        return {"objects": len(sizes), "bytes": sum(sizes)}
+
     def top(self) -> dict[str, Any]:
         """Counters and bytes of each tier."""
         tiers = {name: place.facts() for name, place in self.plane.places.items()}

@@ -9,13 +9,13 @@ then by name and version, whatever order they were named in: the same set makes 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nanovllm.core.segments import Segment
-from nanovllm.errors import InvalidRequestError
+from nanovllm.core.segments import Segment, SegmentSpan
+from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.models.chat_tokenizer import ChatTokenizer, unused_character
-from nanovllm.state.objects import PUBLIC, Document, StateObject
+from nanovllm.state.objects import PUBLIC, Document
 
 SLOT = "{document}"
 TEMPLATE = f"\n\n{SLOT}"
@@ -46,19 +46,17 @@ def check_template(template: str) -> None:
         raise InvalidRequestError(f"template must have {SLOT} once.", param="template", hint=f"Default: {TEMPLATE!r}.")
 
 
-def passage_of(tokenizer: ChatTokenizer, document: Document | str, obj: StateObject) -> Passage:
+def passage_of(tokenizer: ChatTokenizer, document: Document | str, label: str, namespace: str = "") -> Passage:
     """What was put, as a prompt carries it. Raises InvalidRequestError for a template without a slot."""
     if isinstance(document, str):
         document = Document(document)
     template = document.template or TEMPLATE
     check_template(template)
     before, _, after = template.partition(SLOT)
-    ids = [
-        token_id
-        for text in (before, document.text, after)
-        for token_id in tokenizer.encode(text, parse_special=False, add_bos=False)
-    ]
-    return Passage(obj.label, obj.namespace, tuple(ids), document.system)
+    ids: list[int] = []
+    for text in (before, document.text, after):
+        ids += tokenizer.encode(text, parse_special=False, add_bos=False)
+    return Passage(label, namespace, tuple(ids), document.system)
 
 
 def in_order(passages: Iterable[Passage]) -> list[Passage]:
@@ -93,16 +91,37 @@ def chat_segments(
     return [Segment("system", pieces[0]), *middle, Segment("question", pieces[-1])]
 
 
-def path_of(tokenizer: ChatTokenizer, passage: Passage) -> tuple[list[int], int]:
-    """The ids of a prompt from its start to the end of its only document, and how many a short question adds."""
+def path_of(
+    tokenizer: ChatTokenizer, document: Document, label: str, max_model_len: int
+) -> tuple[Document, list[Segment]]:
+    """The document with the ids of its path, and the path: a prompt from its start to its only document's end.
+
+    Raises ContextLengthError where not even a short question fits behind it.
+    """
+    passage = passage_of(tokenizer, document, label)
     segments = chat_segments(tokenizer, [_ANY_QUESTION], [passage])
-    *path, question = [list(segment.content) for segment in segments]
-    return [token_id for part in path for token_id in part], len(question)  # type: ignore[misc]
+    if len(ids_of(segments)) >= max_model_len:
+        raise ContextLengthError(
+            f"With this document a short question has {len(ids_of(segments)):,} tokens, of which"
+            f" {max_model_len - 1:,} fit the model.",
+            param="text",
+            hint="Nothing was kept. Split the text into documents that fit.",
+        )
+    return replace(document, token_ids=ids_of(segments[:-1])), segments[:-1]
 
 
 def ids_of(segments: Iterable[Segment]) -> list[int]:
     """The prompt's token ids."""
     return [token_id for segment in segments for token_id in segment.content if isinstance(token_id, int)]
+
+
+def spans_of(segments: Iterable[Segment]) -> tuple[SegmentSpan, ...]:
+    """Where each lies."""
+    spans, start = [], 0
+    for segment in segments:
+        spans.append(SegmentSpan(segment.name, start, start + len(segment.content)))
+        start += len(segment.content)
+    return tuple(spans)
 
 
 def _with_slots(messages: Messages, ordered: Sequence[Passage], slot: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.serve import health, state_api
+from nanovllm.serve import health, knowledge_api, state_api
 from nanovllm.serve.admission import Admission
 from nanovllm.serve.chat import chat
 from nanovllm.serve.completions import completions
@@ -22,6 +22,7 @@ from nanovllm.serve.context import Services
 from nanovllm.serve.dashboard.feed import FEED_PATH, Feed, events
 from nanovllm.serve.dashboard.pages import PAGES
 from nanovllm.serve.gate import Gate
+from nanovllm.serve.knowledge import Knowledge
 from nanovllm.serve.metrics import ServerMetrics
 from nanovllm.serve.models_page import model, models
 from nanovllm.serve.openapi import openapi
@@ -45,6 +46,7 @@ ROUTES = (
     Route("/openapi.json", openapi),
     Route(FEED_PATH, events),
     *PAGES,
+    *knowledge_api.ROUTES,
     *state_api.ROUTES,
 )
 
@@ -63,6 +65,8 @@ def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Li
     )
     services = Services(engine, config, limits, tenants, admission, pool, metrics, open_traces(config))
     services.feed = Feed(services)
+    is_one = config.share_prefix or not tenants.has_keys
+    services.knowledge = Knowledge(engine, is_one, config.request_timeout)
     return services
 
 

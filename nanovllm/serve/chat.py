@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from nanovllm.serve.answer import Answer, Prompt
+from nanovllm.serve.answer import Answer
 from nanovllm.serve.chat_answer import ChatStream, ChatWhole, Head
 from nanovllm.serve.chat_order import asked_of
+from nanovllm.serve.knowledge import prompt_of
 from nanovllm.serve.protocol import ChatRequest
-from nanovllm.serve.reception import decoded, encode_chat, parts_of
+from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.session_hint import session_of
 
 
@@ -21,11 +22,11 @@ async def chat(request: Request) -> Answer:
     services, ticket = parts_of(request)
     body = await decoded(request, services, ChatRequest)
     session, asked = session_of(request, body), asked_of(body, services)
-    ids, added = await encode_chat(services, asked.chat)
+    prompt = await prompt_of(services, ticket.tenant, asked.chat, body.knowledge)
     params, streaming = asked.params, asked.streaming
-    running = len(ids) if streaming.is_running else 0
+    running = len(prompt.token_ids) if streaming.is_running else 0
     head = Head(
         asked.model, params.n, asked.use, services.engine.tokenizer, params.logprobs, streaming.has_usage, running
     )
     rendering = ChatStream(head) if streaming.is_stream else ChatWhole(head)
-    return Answer(services, ticket, asked.order(Prompt(ids, added), session), rendering, streaming.is_stream)
+    return Answer(services, ticket, asked.order(prompt, session), rendering, streaming.is_stream)

@@ -46,6 +46,7 @@ class Limits:
     header_bytes: int = _setting(16 * 2**10, "largest request head, bytes", 1024)
     json_depth: int = _setting(64, "deepest nesting of a body", 4, 512)
     messages: int = _setting(2048, "messages of one conversation", 1)
+    knowledge: int = _setting(32, "documents one conversation names", 0, 1024)
     prompts: int = _setting(32, "prompts of one request", 1)
     n: int = _setting(MAX_N, "answers to one prompt", 1, MAX_N)
     stop: int = _setting(MAX_STOP, "stop strings", 0, MAX_STOP)

@@ -3,7 +3,7 @@
 What it is: one pure ASGI middleware around the routes; `_enter` reads as the list of
 its steps. What it knows nothing about: what endpoints do. Invariants: nothing but the
 health paths and the dashboard's empty page answers without a key where there are keys; state is the
-admin's, and without any key this machine's; what is asked is decided on `scope["path"]` alone;
+admin's but for its documents, and without any key this machine's; what is asked is decided on `scope["path"]` alone;
 no body is read before a slot was taken; a slot is given back whatever happens; every answer carries
 `x-request-id`, every failure has one shape.
 """
@@ -38,7 +38,7 @@ from nanovllm.serve.failures import (
     is_internal,
     status_of,
 )
-from nanovllm.serve.state_api import BINARY, IMPORT_PATH, STATE_PREFIX
+from nanovllm.serve.state_api import BINARY, IMPORT_PATH, KNOWLEDGE_PATH, STATE_PREFIX
 from nanovllm.serve.tenants import ANONYMOUS
 
 logger = logging.getLogger("nanovllm.serve")
@@ -111,7 +111,7 @@ class Gate:
         tenant = tenants.authenticate(headers.get(b"authorization"))
         if path in ADMIN_PATHS and tenants.has_admin and not tenant.is_admin:
             raise AccessError("This needs the admin key.")
-        is_all_tenants = path == FEED_PATH or _is_of_state(path)
+        is_all_tenants = path == FEED_PATH or (_is_of_state(path) and not _is_within(path, KNOWLEDGE_PATH))
         if is_all_tenants and tenants.has_keys and not tenant.is_admin:
             raise AccessError("This needs an admin key.", hint="Start the server with --admin-key KEY.")
         if _is_of_state(path) and not tenants.has_keys and not self._services.config.is_loopback:
@@ -188,7 +188,11 @@ def _request_id(headers: Headers) -> str:
 
 def _is_of_state(path: str) -> bool:
     """Closed by what it begins with, so that a route added later is closed as well."""
-    return path.startswith(STATE_PREFIX) or path == STATE_PREFIX.rstrip("/")
+    return _is_within(path, STATE_PREFIX.rstrip("/"))
+
+
+def _is_within(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def _check_site(headers: Headers) -> None:

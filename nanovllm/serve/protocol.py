@@ -27,6 +27,7 @@ Name = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Text = Annotated[str, Meta(min_length=1)]
 Label = Annotated[str, Meta(max_length=256)]
 SessionName = Annotated[str, Meta(min_length=1, max_length=MAX_SESSION)]
+Documents = Annotated[list[Annotated[str, Meta(min_length=1, max_length=257)]], Meta(max_length=1024)]
 Schema = dict[str, Any]
 
 
@@ -248,6 +249,7 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     modalities: list[Literal["text"]] | None = None
+    knowledge: Documents | None = None
     store: bool | None = None
     continue_final_message: Annotated[bool, Meta(description="only false")] | None = None
     chat_template: Annotated[None, Meta(description="templates come from the model")] = None

@@ -35,19 +35,16 @@ from nanovllm.state.report import (
 
 STATE_PREFIX = "/state/"
 OBJECTS, OBJECT = "/state/objects", "/state/objects/{state_id}"
-IMPORT_PATH = "/state/import"
+IMPORT_PATH, KNOWLEDGE_PATH = "/state/import", "/state/knowledge"
 BINARY = "application/octet-stream"
 PAGE = 50
 
 
 async def list_objects(request: Request) -> Response:
     """One page of the objects, the oldest first."""
-    asked = _query(request, "namespace", "kind", "name", "after", "limit")
-    limit = asked.pop("limit", str(PAGE))
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_PAGE:
-        raise InvalidRequestError(f"limit must be from 1 to {MAX_PAGE}.", param="limit")
-    after = position(asked.pop("after", None))
-    return _json(page(await _call(request, "ls", **asked, after=after, limit=int(limit) + 1), int(limit)))
+    asked = query_of(request, "namespace", "kind", "name", "after", "limit")
+    limit, after = limit_of(asked.pop("limit", str(PAGE))), position(asked.pop("after", None))
+    return json_of(page(await _call(request, "ls", **asked, after=after, limit=limit + 1), limit))
 
 
 async def put(request: Request) -> Response:
@@ -62,7 +59,7 @@ async def get(request: Request) -> Response:
     named = _named(request)
     found = await _call(request, "find", **named)
     content = await _call(request, "get", **named)
-    return _json({**object_facts(found), "content": content_of(content)})
+    return json_of({**object_facts(found), "content": content_of(content)})
 
 
 async def update(request: Request) -> Response:
@@ -107,7 +104,7 @@ async def fork(request: Request) -> Response:
 
 async def explain(request: Request) -> Response:
     """An object's history of decisions."""
-    return _json(explanation_facts(await _call(request, "explain", **_named(request))))
+    return json_of(explanation_facts(await _call(request, "explain", **_named(request))))
 
 
 async def evict(request: Request) -> Response:
@@ -124,8 +121,8 @@ async def verify(request: Request) -> Response:
 
 async def tiers(request: Request) -> Response:
     """Bytes, hits and failures of each tier."""
-    _query(request)
-    return _json(await _call(request, "top"))
+    query_of(request)
+    return json_of(await _call(request, "top"))
 
 
 async def export(request: Request) -> Response:
@@ -136,7 +133,7 @@ async def export(request: Request) -> Response:
 async def import_(request: Request) -> Response:
     """Take a bundle in, whole or not at all, under a new id."""
     services, _ = parts_of(request)
-    metadata = _query(request, "name", "version", "namespace")
+    metadata = query_of(request, "name", "version", "namespace")
     return await _act(request, "import_", bundle=await read_body(request, services), metadata=metadata)
 
 
@@ -172,12 +169,12 @@ async def _call(request: Request, verb: str, **arguments: Any) -> Any:
 
 async def _tell(request: Request, verb: str, **arguments: Any) -> Response:
     """An action, answered by its receipt."""
-    return _json(receipt_facts(await _call(request, verb, **arguments)))
+    return json_of(receipt_facts(await _call(request, verb, **arguments)))
 
 
 async def _act(request: Request, verb: str, **arguments: Any) -> Response:
     """As `_tell`; raises StateRefusedError where the receipt is a refusal."""
-    return _json(accepted(await _call(request, verb, **arguments)))
+    return json_of(accepted(await _call(request, verb, **arguments)))
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:
@@ -188,10 +185,10 @@ async def _body(request: Request, kind: type[Body]) -> Body:
 def _named(request: Request) -> dict[str, Any]:
     """The object that the path names, by id, name or name@version, and where it is looked up."""
     state_id = request.path_params["state_id"]
-    return {"state_id": state_id, "namespace": namespace_of(state_id, _query(request, "namespace").get("namespace"))}
+    return {"state_id": state_id, "namespace": namespace_of(state_id, query_of(request, "namespace").get("namespace"))}
 
 
-def _query(request: Request, *known: str) -> dict[str, str]:
+def query_of(request: Request, *known: str) -> dict[str, str]:
     """The query's parameters. Raises InvalidRequestError on one that is not known here, or there twice."""
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
@@ -202,10 +199,18 @@ def _query(request: Request, *known: str) -> dict[str, str]:
     return found
 
 
+def limit_of(text: str) -> int:
+    """How long a page is. Raises InvalidRequestError."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PAGE:
+        raise InvalidRequestError(f"limit must be from 1 to {MAX_PAGE}.", param="limit")
+    return int(text)
+
+
 def _metadata(given: protocol.PutMetadata | None) -> dict[str, Any]:
     plain: dict[str, Any] = {} if given is None else msgspec.to_builtins(given)
     return plain
 
 
-def _json(data: Any) -> Response:
+def json_of(data: Any) -> Response:
+    """An answer of JSON."""
     return Response(msgspec.json.encode(data), media_type="application/json")

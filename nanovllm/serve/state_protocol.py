@@ -84,3 +84,17 @@ class VerifyBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
     tier: Label | None = None
     repair: bool = False
+
+
+class KnowledgeBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /state/knowledge: a document, and its path: what stands before it (`system`) and around it (`template`)."""
+
+    text: Annotated[str, Meta(min_length=1)]
+    name: Label
+    version: Label | None = None
+    system: str | None = None
+    template: str | None = None
+    scope: Literal["own", "public"] = "own"
+    ttl: Seconds | None = None
+    pin: PinBody | None = None
+    wait: bool = False

@@ -69,16 +69,19 @@ class Catalog:
         self._versions: defaultdict[NameKey, list[str]] = defaultdict(list)  # the newest last
         self._owners: defaultdict[bytes, set[str]] = defaultdict(set)
         self._counts: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
 
     def add(self, obj: StateObject) -> StateObject | None:
         """Enter an object; the one whose full name it takes, if any, is returned and has no name any more."""
         self.objects[obj.state_id] = obj
         self._counts[obj.namespace] += 1
+        self._bytes[obj.namespace] += obj.payload_bytes
         self._own(obj)
         return self._take_name(obj)
 
     def change(self, old: StateObject, new: StateObject) -> None:
         """The same object in its next generation."""
+        self._bytes[new.namespace] += new.payload_bytes - old.payload_bytes
         self._disown(old)
         self.objects[new.state_id] = new
         self._own(new)
@@ -87,6 +90,7 @@ class Catalog:
         """Strike it out; the keys that only it owned."""
         del self.objects[obj.state_id]
         self._counts[obj.namespace] -= 1
+        self._bytes[obj.namespace] -= obj.payload_bytes
         self._forget_name(obj)
         return self._disown(obj)
 
@@ -112,9 +116,17 @@ class Catalog:
         """How many objects a tenant has."""
         return self._counts[namespace]
 
+    def bytes_in(self, namespace: str) -> int:
+        """What its objects hold beside KV: texts, messages, token ids."""
+        return self._bytes[namespace]
+
     def owners(self, key: bytes) -> set[str]:
         """The objects that these bytes belong to."""
         return self._owners.get(key, set())
+
+    def kind_of(self, key: bytes) -> str:
+        """A block counts as what owns it; without an owner it is plain KV."""
+        return min((self.objects[state_id].kind for state_id in self.owners(key)), default="kv")
 
     def keys_of(self, obj: StateObject) -> list[bytes]:
         """Payload and chain."""

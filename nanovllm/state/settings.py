@@ -25,5 +25,6 @@ class StateSettings:
     max_object_bytes: int = 4 << 20
     objects_per_namespace: int = 10_000
     namespace_bytes: int | None = None
+    text_bytes_per_namespace: int = 1 << 30
     pinned_share: float = 0.5
     spill_batch: int = 16

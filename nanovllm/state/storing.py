@@ -144,6 +144,7 @@ class Storing:
         limit = self.plane.settings.objects_per_namespace
         if self.plane.catalog.count_in(new.namespace) + self._on_their_way[new.namespace] >= limit:
             raise StateRefusedError(f"The namespace holds {limit:,} objects already.", hint="Drop some.")
+        self._check_bytes(pending)
         if new.name is None:
             return
         old = self.plane.catalog.named(new.namespace, new.kind, new.name, new.version)
@@ -158,6 +159,13 @@ class Storing:
         return set() if new.name is None else {("name", new.namespace, new.kind, new.name, new.version or "")}
 
     def _reserve(self, pending: Pending) -> None:
+    def _check_bytes(self, pending: Pending) -> None:
+        """One tenant's texts, which nothing evicts, must not fill the tier that all texts live in."""
+        limit = self.plane.settings.text_bytes_per_namespace
+        others = self.plane.catalog.bytes_in(pending.new.namespace) - (pending.old.payload_bytes if pending.old else 0)
+        if others + len(pending.data) > limit:
+            raise StateRefusedError(f"The namespace holds {others:,} bytes; {limit:,} is the most.", hint="Drop some.")
+
         self._reserved |= self._claims(pending)
         self._on_their_way[pending.new.namespace] += pending.old is None
 

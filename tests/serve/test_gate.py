@@ -15,7 +15,7 @@ from nanovllm.serve.app import ROUTES, build_app, build_services
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.dashboard.feed import FEED_PATH
 from nanovllm.serve.gate import OPEN_PATHS
-from nanovllm.serve.state_api import IMPORT_PATH, STATE_PREFIX
+from nanovllm.serve.state_api import IMPORT_PATH, KNOWLEDGE_PATH, STATE_PREFIX
 from nanovllm.serve.tenants import Tenants, namespace_of
 from tests.serve.servers import CHAT, COMPLETIONS, LiveServer, assert_alive, split, until
 
@@ -49,6 +49,8 @@ def test_every_route_with_every_kind_of_key(server: Factory, method: str, path: 
         assert (answer.status, answer.code, answer.headers["www-authenticate"]) == (401, "invalid_api_key", "Bearer")
     elif path == "/metrics" and who == "user":
         assert (answer.status, answer.code) == (403, "access_denied")
+    elif path.startswith(KNOWLEDGE_PATH):  # every key's own documents
+        assert answer.status == (404 if "{name" in path or "tiny" in path else 400 if method == "POST" else 200)
     elif path.startswith(STATE_PREFIX):  # the admin's alone; what is asked for is not there, or {} is enough
         admitted = (415,) if path == IMPORT_PATH else (404, 400) if "{state_id}" in path else (200, 400, 507)
         assert answer.status in ((403,) if who == "user" else admitted), answer.body

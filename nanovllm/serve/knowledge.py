@@ -1,0 +1,151 @@
+"""Knowledge: a tenant's documents and the public ones, from their names to the prompts that carry them.
+
+What it is: what chat and responses call with `knowledge`, and what uploads go through. What it knows nothing
+about: HTTP. Invariants: what a tenant sees is its own and what is public, whichever way it is named; every prompt
+looks names up anew, so that a new version or a removal is seen by the next one; a prompt with a document of a
+tenant's own has its KV in that tenant's namespace, even where prefixes are shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from nanovllm.engine.async_engine import AsyncEngine
+from nanovllm.engine.device_state_tier import engine_namespace, store_namespace
+from nanovllm.engine.knowledge_prompt import Passage, chat_segments, ids_of, in_order, passage_of, spans_of
+from nanovllm.errors import DeadlineError, InvalidRequestError, StateNotFoundError
+from nanovllm.serve.answer import Prompt
+from nanovllm.serve.context import Services, Tenant
+from nanovllm.serve.conversation import COUNTED_BYTES, Conversation
+from nanovllm.serve.knowledge_prefill import Prefills
+from nanovllm.serve.reception import BYTES_PER_S, RENDER_S, check_length, check_size, encode_chat, in_pool, within
+from nanovllm.state.objects import PUBLIC, StateObject
+
+KIND = "knowledge"
+MOST_TOKENS = 500_000  # of documents that are kept tokenized
+TRIES = 3  # a version may be replaced between two looks at it
+
+
+@dataclass
+class Knowledge:
+    """The documents of one server. `shares_kv`: prompts of public documents have one namespace for everybody."""
+
+    engine: AsyncEngine
+    shares_kv: bool
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        self.prefills = Prefills(self.engine, self.timeout_s)
+        self._passages: OrderedDict[tuple[str, int], Passage] = OrderedDict()
+        self._num_tokens = 0
+
+    async def call(self, verb: str, **arguments: Any) -> Any:
+        """The store's own answer. Raises what it raises, and DeadlineError where the engine takes too long."""
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self.engine.call_state(verb, **arguments)
+        except TimeoutError:
+            raise DeadlineError(f"The engine did not answer within {self.timeout_s:g} s.") from None
+
+    async def find(self, tenant: Tenant, name: str) -> StateObject:
+        """The document of an id, `name` or `name@version` that the tenant may see. Raises StateNotFoundError."""
+        found: StateObject = await self.call("find", state_id=name, namespace=store_namespace(tenant.owner), kind=KIND)
+        return found
+
+    async def passages(self, services: Services, tenant: Tenant, names: Sequence[str]) -> list[Passage]:
+        """The documents as prompts carry them, in their order there. Raises StateNotFoundError, naming the field."""
+        if len(names) > services.limits.knowledge:
+            raise InvalidRequestError(f"At most {services.limits.knowledge} documents are allowed.", param="knowledge")
+        asked = [self._passage(services, tenant, name, f"knowledge[{i}]") for i, name in enumerate(names)]
+        return in_order(await asyncio.gather(*asked))
+
+    def forget(self, obj: StateObject) -> None:
+        """It was removed: no copy of it stays here."""
+        gone = self._passages.pop((obj.state_id, obj.generation), None)
+        self._num_tokens -= 0 if gone is None else len(gone.token_ids)
+
+    async def called(self, namespace: str, name: str) -> list[StateObject]:
+        """Documents of one namespace: all versions of a name, or the one of an id or `name@version`.
+
+        Raises StateNotFoundError where there is none.
+        """
+        found: list[StateObject] = await self.call("ls", namespace=namespace, kind=KIND, name=name)
+        own = [obj for obj in found if obj.namespace == namespace]
+        if not own:
+            obj: StateObject = await self.call("find", state_id=name, namespace=namespace, kind=KIND)
+            own = [obj] if obj.namespace == namespace else []
+        if not own:
+            raise StateNotFoundError(f"There is no document {name!r:.80} of yours.", param="name")
+        return own
+
+    def namespace_for(self, tenant: Tenant, passages: Sequence[Passage]) -> str:
+        """Where the KV of such a prompt lies."""
+        is_shared = all(passage.namespace == PUBLIC for passage in passages)
+        return tenant.namespace if is_shared else tenant.owner
+
+    def kv_namespace_of(self, namespace: str) -> str | None:
+        """Where the KV of a document alone is computed; None where every tenant has its own."""
+        if namespace == PUBLIC:
+            return "" if self.shares_kv else None
+        return engine_namespace(namespace)
+
+    async def _passage(self, services: Services, tenant: Tenant, name: str, param: str) -> Passage:
+        try:
+            for attempt in range(TRIES):
+                obj = await self.find(tenant, name)
+                key = obj.state_id, obj.generation
+                if key in self._passages:
+                    self._passages.move_to_end(key)
+                    return self._passages[key]
+                try:
+                    document = await self.call("get", state_id=obj.state_id)
+                except StateNotFoundError:
+                    if attempt == TRIES - 1:
+                        raise
+                    continue
+                work = partial(passage_of, services.engine.tokenizer, document, obj.label, obj.namespace)
+                return self._keep(key, await in_pool(services.pool, work))
+        except StateNotFoundError:
+            raise StateNotFoundError(
+                f"There is no document {name!r:.80}.", param=param, hint="GET /state/knowledge lists them."
+            ) from None
+        raise AssertionError("unreachable")
+
+    def _keep(self, key: tuple[str, int], passage: Passage) -> Passage:
+        """Remember it; what was used longest ago goes."""
+        if key not in self._passages:
+            self._passages[key] = passage
+            self._num_tokens += len(passage.token_ids)
+        while self._num_tokens > MOST_TOKENS and len(self._passages) > 1:
+            _, gone = self._passages.popitem(last=False)
+            self._num_tokens -= len(gone.token_ids)
+        return passage
+
+
+async def prompt_of(services: Services, tenant: Tenant, chat: Conversation, names: Sequence[str] | None) -> Prompt:
+    """A conversation as the engine takes it, with the documents of these names in its system message.
+
+    Raises StateNotFoundError (404) where a name is none of the tenant's own or public documents,
+    InvalidRequestError where the model has no place for them, ContextLengthError.
+    """
+    if not names:
+        return Prompt(*await encode_chat(services, chat))
+    knowledge = services.knowledge
+    passages = await knowledge.passages(services, tenant, names)
+    size = sum(len(turn["content"]) for turn in chat.messages)
+    check_size(size, services, "messages")
+    check_length(sum(len(passage.token_ids) for passage in passages), services, "knowledge")
+    tokenizer = services.engine.tokenizer
+    render = partial(chat_segments, tokenizer, chat.messages, passages, chat.add_generation_prompt, chat.tools)
+    work = partial(render, **chat.variables)
+    segments = await within(services.pool, work, RENDER_S + size / BYTES_PER_S, "messages")
+    ids = ids_of(segments)
+    check_length(len(ids), services, "messages")
+    said = None if size > COUNTED_BYTES else tokenizer.count_content_tokens(chat.messages)
+    added = None if said is None else max(0, len(segments[0].content) + len(segments[-1].content) - said)
+    return Prompt(ids, added, spans_of(segments), knowledge.namespace_for(tenant, passages))

@@ -33,6 +33,20 @@ JSON_HEADERS = [(b"content-type", b"application/json")]
 ENDINGS = ("stop", "length")
 
 
+class Course:
+    """What else belongs to the course of an answer; endpoints that keep something say what."""
+
+    async def before_last_byte(self, finished: list[Finished]) -> None:
+        """All prompts have ended: what must have happened before the client may know it. Raises what fails the answer."""
+
+    def failed(self, error: dict[str, dict[str, str | None]]) -> bytes:
+        """The last frames of a stream that failed."""
+        return sse.frame(error)
+
+    def over(self) -> None:
+        """The answer has ended, whatever ended it."""
+
+
 class Rendering(Protocol):
     """What an endpoint makes of the engine's output."""
 
@@ -71,9 +85,18 @@ class Order:
 class Answer:
     """Submits an order when called, and answers it."""
 
-    def __init__(self, services: Services, ticket: Ticket, order: Order, rendering: Rendering, is_stream: bool) -> None:
+    def __init__(
+        self,
+        services: Services,
+        ticket: Ticket,
+        order: Order,
+        rendering: Rendering,
+        is_stream: bool,
+        course: Course | None = None,
+    ) -> None:
         self._services, self._ticket, self._order = services, ticket, order
         self._rendering, self._is_stream = rendering, is_stream
+        self._course = course or Course()
         self._streams: list[RequestStream] = []
         self._has_started = self._is_complete = False
         self._sent_s = time.monotonic()  # when the last send ended
@@ -97,6 +120,7 @@ class Answer:
         finally:
             for stream in self._streams:
                 stream.close()
+            self._course.over()
             self._trace(scope, failure)
         if failure is not None and (is_internal(failure) or not self._has_started):
             raise failure  # the gate answers it, or logs it where the answer is under way
@@ -109,6 +133,7 @@ class Answer:
                 data = self._rendering.add(batch)
                 if data:
                     await self._write(send, data, is_last=False)
+        await self._course.before_last_byte(self._finished)
         await self._write(send, self._rendering.end(self._finished), is_last=True)
         self._is_complete = True
 
@@ -144,6 +169,7 @@ class Answer:
                     cache_salt=order.cache_salt,
                     priority=order.priority,
                     template_tokens=prompt.template_tokens,
+                    session_id=order.session,
                     segments=prompt.segments,
                     arrival_ns=arrival_ns,
                     on_start=on_start,
@@ -161,7 +187,7 @@ class Answer:
     async def _fail(self, send: Send, error: Exception) -> None:
         """Where events are under way, the failure is the last one."""
         if self._has_started and self._is_stream:
-            data = sse.frame(error_object(error, self._ticket.request_id))
+            data = self._course.failed(error_object(error, self._ticket.request_id))
             await self._write(send, data, is_last=True)
 
     async def _write(self, send: Send, data: bytes, *, is_last: bool) -> None:

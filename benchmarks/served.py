@@ -57,7 +57,7 @@ def server(*flags: str) -> Iterator[int]:
     command = [sys.executable, "-m", "nanovllm", "serve", *flags, "--port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        yield _port(process)
+        yield port_of(process)
     finally:
         process.terminate()
         try:
@@ -147,7 +147,7 @@ def _advance(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> in
     return 1
 
 
-def _port(process: subprocess.Popen[str]) -> int:
+def port_of(process: subprocess.Popen[str]) -> int:
     """Read the server's output until it names its address; the rest is read and dropped by a thread."""
     import threading
 

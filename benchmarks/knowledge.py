@@ -1,0 +1,232 @@
+"""Documents asked again and again: what reuse brings, with the device's memory alone and with tiers below it.
+
+    python benchmarks/knowledge.py            # 500 documents, 1,000 questions, three arms; the last line is JSON
+    python benchmarks/knowledge.py --quick    # a tenth of all that
+
+500 documents of 256 tokens (real text: Python's reference and docstrings, cut to the token) are asked 1,000
+questions; which document is asked follows Zipf(1.0) (`--seed`). The device's pool holds a tenth of the corpus.
+
+  none     nothing is reused: every question prefills its document
+  device   what the pool still holds is reused, least recently used goes first
+  tiers    the same pool, with host memory (`--host-share` of the corpus) and a folder on disk below it
+
+The three engines live in one process and answer the same questions in turns of `--turn`, in a rotating order, so
+that a machine that becomes slower meets all of them. Nothing is asked before the stream begins: a document's first
+question is cold in every arm. One question runs at a time; between two of them the engine writes behind, as a
+server's does, and the time that took is told apart. Hits are counted in tokens by the tier they lay in.
+`first_answers_equal` counts first tokens equal to those without reuse (bf16 may differ; `--dtype float32` must not).
+Figures are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from bisect import bisect
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from served import percentile
+from texts import real_text
+from tqdm import tqdm
+
+from nanovllm import LLM, SamplingParams
+
+ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+ARMS = ("none", "device", "tiers")
+QUESTIONS = (
+    "What is the main rule that this text states?",
+    "Which exception to the rule does the text name?",
+    "Give one example from the text, and say why it matters.",
+    "Whom is this text for, and what must they know first?",
+)
+HEAD = "<|im_start|>system\nYou answer questions about a document.<|im_end|>\n<|im_start|>user\n"
+TAIL = "\n\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass
+class Arm:
+    """One engine, and what it was seen to do."""
+
+    name: str
+    llm: LLM
+    ttft_ms: list[float] = field(default_factory=list)
+    t_state_ms: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    hits: Counter[str] = field(default_factory=Counter)
+    sources: list[str] = field(default_factory=list)  # the slowest tier that each prompt came from
+    prompt_tokens: int = 0
+    behind_s: float = 0.0
+    document_tokens: int = 256
+
+    def ask(self, prompt: list[int]) -> None:
+        """Answer one question, then let the engine write behind."""
+        (final,) = self.llm.generate([prompt], ONE_TOKEN)
+        self.ttft_ms.append((final.timeline.ttft_ns or 0) / 1e6)
+        self.t_state_ms.append(final.timeline.state_wait_ns / 1e6)
+        self.tokens.append(final.token_ids[0])
+        self.hits.update(final.hit_tokens_by_tier)
+        self.prompt_tokens += len(prompt)
+        self.sources.append(self.source_of(final.hit_tokens_by_tier))
+        start = time.perf_counter()
+        while not self.llm.engine.scheduler.kv.is_settled():
+            self.llm.engine.step()
+        self.behind_s += time.perf_counter() - start
+
+    def source_of(self, by_tier: dict[str, int]) -> str:
+        """Where the document lay: `computed` where less than half of the prompt was found."""
+        if sum(by_tier.values()) < self.document_tokens // 2:
+            return "computed"
+        return next(tier for tier in ("remote", "disk", "host", "device") if by_tier.get(tier))
+
+
+def main() -> None:
+    """Measure and report."""
+    args = arguments()
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder))
+        arms = [Arm(name, stack.enter_context(engine(args, name, folder))) for name in ARMS]
+        for arm in arms:
+            arm.document_tokens = args.tokens
+        prompts = stream(args, arms[0].llm)
+        warm_up(arms, args)
+        ask_all(arms, prompts, args.turn)
+        report(args, arms, prompts)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; `--quick` divides documents and questions by ten."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--documents", type=int, default=500)
+    parser.add_argument("--tokens", type=int, default=256, help="length of a document")
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the popularity")
+    parser.add_argument("--pool-share", type=float, default=0.1, help="the device's pool, of the corpus")
+    parser.add_argument("--host-share", type=float, default=0.25, help="host memory, of the corpus; the rest is disk")
+    parser.add_argument("--turn", type=int, default=25, help="questions to one arm before the next is asked")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--folder", default=None, help="where the state folder is made; default: the temporary one")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the documents and questions")
+    args = parser.parse_args()
+    if args.quick:
+        args.documents, args.questions, args.turn = args.documents // 10, args.questions // 10, 10
+    return args
+
+
+def engine(args: argparse.Namespace, arm: str, folder: str) -> LLM:
+    """The arm's engine: all have the same pool, and only `tiers` has anything below it."""
+    corpus_blocks = args.documents * args.tokens // 16
+    num_blocks = max(2 * (args.tokens // 16 + 8), int(corpus_blocks * args.pool_share))
+    llm_args: dict[str, Any] = {"prefix_mode": "off" if arm == "none" else "reuse"}
+    if arm == "tiers":
+        block_bytes = 368_640 if args.dtype != "float32" else 737_280  # SmolLM2; printed beside the pool by every run
+        host = int(corpus_blocks * args.host_share) * block_bytes
+        llm_args |= {"state_dir": folder, "state_host_memory": host, "state_disk_quota": "16GiB"}
+    return LLM(
+        args.model, dtype=args.dtype, num_threads=args.threads, num_blocks=num_blocks, progress=False, **llm_args
+    )
+
+
+def stream(args: argparse.Namespace, llm: LLM) -> list[tuple[int, list[int]]]:
+    """The questions in order: the document's number, and the prompt."""
+    ids, size = llm.tokenizer.encode(real_text()), args.tokens
+    if len(ids) < args.documents * size:
+        raise SystemExit(f"{args.documents} documents of {size} tokens are wanted; the text has {len(ids):,} tokens.")
+    head = llm.tokenizer.encode(HEAD)
+    tails = [llm.tokenizer.encode(TAIL.format(question=question)) for question in QUESTIONS]
+    rng = random.Random(args.seed)
+    ranked = rng.sample(range(args.documents), args.documents)
+    weights = list(itertools.accumulate((rank + 1) ** -args.zipf for rank in range(args.documents)))
+    asked = [ranked[bisect(weights, rng.random() * weights[-1])] for _ in range(args.questions)]
+    return [(i, [*head, *ids[i * size : (i + 1) * size], *rng.choice(tails)]) for i in asked]
+
+
+def warm_up(arms: list[Arm], args: argparse.Namespace) -> None:
+    """One foreign prompt of each shape, so that no arm pays for the first products of a size; then all is forgotten."""
+    for arm in arms:
+        for length in (args.tokens + 48, 64, 40, 24):
+            arm.llm.generate([[1 + (i * 7919 + length) % 40_000 for i in range(length)]], ONE_TOKEN)
+        while not arm.llm.engine.scheduler.kv.is_settled():
+            arm.llm.engine.step()
+
+
+def ask_all(arms: list[Arm], prompts: list[tuple[int, list[int]]], turn: int) -> None:
+    """Every arm answers every question, in turns."""
+    with tqdm(total=len(prompts) * len(arms), unit="question", desc="questions") as bar:
+        for number, start in enumerate(range(0, len(prompts), turn)):
+            for k in range(len(arms)):
+                arm = arms[(number + k) % len(arms)]
+                for _, prompt in prompts[start : start + turn]:
+                    arm.ask(prompt)
+                    bar.update()
+
+
+def report(args: argparse.Namespace, arms: list[Arm], prompts: list[tuple[int, list[int]]]) -> None:
+    """A table, then the JSON line."""
+    none, device, tiers = arms
+    rows = {arm.name: row_of(arm, none) for arm in arms}
+    print(f"{'arm':8}{'TTFT p50':>10}{'mean':>8}{'p90':>8}{'hit %':>7}  hit tokens by tier   (ms, measured)")
+    for name, row in rows.items():
+        ttft = row["ttft_ms"]
+        print(
+            f"{name:8}{ttft['p50']:10.1f}{ttft['mean']:8.1f}{ttft['p90']:8.1f}{100 * row['hit_share']:7.1f}  "
+            f"{row['hit_tokens_by_tier']}"
+        )
+    first = len({document for document, _ in prompts})
+    document = {
+        "benchmark": "knowledge",
+        "label": "measured",
+        "none_over_tiers_p50": ratio(none, tiers, statistics.median),
+        "device_over_tiers_p50": ratio(device, tiers, statistics.median),
+        "none_over_tiers_mean": ratio(none, tiers, statistics.mean),
+        "device_over_tiers_mean": ratio(device, tiers, statistics.mean),
+        "asked_again_share": 1 - first / len(prompts),  # what an endless cache could find
+        **{key: getattr(args, key) for key in ("model", "documents", "tokens", "questions", "zipf", "seed")},
+        **{key: getattr(args, key) for key in ("pool_share", "host_share", "turn")},
+        "text": "Python's language reference and docstrings",
+        "arms": rows,
+    }
+    print(json.dumps(document))
+
+
+def row_of(arm: Arm, none: Arm) -> dict[str, Any]:
+    """One arm's figures."""
+    by_source = {
+        source: {"questions": len(times), "p50_ms": statistics.median(times)}
+        for source in ("device", "host", "disk", "computed")
+        if (times := [ms for ms, where in zip(arm.ttft_ms, arm.sources, strict=True) if where == source])
+    }
+    state = arm.llm.engine.parts.state
+    return {
+        "ttft_ms": {
+            "p50": statistics.median(arm.ttft_ms),
+            "mean": statistics.mean(arm.ttft_ms),
+            "p90": percentile(arm.ttft_ms, 0.9),
+        },
+        "by_source": by_source,
+        "hit_tokens_by_tier": dict(arm.hits),
+        "hit_share": sum(arm.hits.values()) / arm.prompt_tokens,
+        "prompt_tokens": arm.prompt_tokens,
+        "first_answers_equal": sum(a == b for a, b in zip(arm.tokens, none.tokens, strict=True)),
+        "write_behind_s": arm.behind_s,
+        "facts": {} if state is None else state.facts(),
+    }
+
+
+def ratio(slow: Arm, fast: Arm, centre: Any) -> float:
+    """How many times longer the first one's TTFT is."""
+    return centre(slow.ttft_ms) / centre(fast.ttft_ms)
+
+
+if __name__ == "__main__":
+    main()

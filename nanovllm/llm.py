@@ -22,10 +22,12 @@ from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.core.segments import Segment
 from nanovllm.engine.build import build_engine
 from nanovllm.engine.intake import Prompt
+from nanovllm.engine.knowledge_prompt import Passage, chat_segments, passage_of, path_of
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput, StepOutput
 from nanovllm.engine.parts import Progress, RequestArgs
 from nanovllm.errors import EngineClosedError, InvalidRequestError, shown
+from nanovllm.state.objects import DEFAULT_NAMESPACE, Document, StateId
 from nanovllm.state.store import StateStore
 
 Messages = list[dict[str, Any]]
@@ -92,16 +94,43 @@ class LLM:
         *,
         use_tqdm: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        knowledge: Seq[str] = (),
     ) -> list[RequestOutput]:
         """Answer one conversation, or several. The output's `template_tokens` is what the template added.
 
-        `chat_template_kwargs` are variables of the template, such as `tools`.
+        `chat_template_kwargs` are variables of the template, such as `tools`; `knowledge` names documents that
+        `add_knowledge` put, as `name` or `name@version`: they stand in each system message (docs/knowledge.md).
         """
         chats = as_chats(messages)
         params = as_params(sampling_params, len(chats))
         template = dict(chat_template_kwargs or {})
-        requests = [self._chat_request(chat, s, template) for chat, s in zip(chats, params, strict=True)]
+        requests = [self._chat_request(chat, s, template, knowledge) for chat, s in zip(chats, params, strict=True)]
         return self._complete(requests, use_tqdm)
+
+    def add_knowledge(
+        self,
+        text: str,
+        name: str,
+        *,
+        version: str | None = None,
+        system: str = "",
+        template: str = "",
+        ttl: float | None = None,
+    ) -> StateId:
+        """Keep a document and compute its KV behind `system`; `knowledge=[name]` then asks about it.
+
+        `template` stands around the text, at its slot `{document}`. The id is one of `state_store`, which pins,
+        explains and drops it. Raises ContextLengthError where not even a short question would fit; nothing is kept.
+        """
+        label = name if version is None else f"{name}@{version}"
+        given = Document(text, (), system, template)
+        document, path = path_of(self.tokenizer, given, label, self.engine.intake.max_model_len)
+        about = {"kind": "knowledge", "name": name, "version": version, "ttl": ttl}
+        state_id = self.state_store.put(document, about)
+        self._complete(
+            [RequestArgs(prompt=path, sampling_params=SamplingParams(max_tokens=1), prefill_only=True)], False
+        )
+        return state_id
 
     def stream(
         self,
@@ -109,6 +138,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        knowledge: Seq[str] = (),
     ) -> Iterator[StepOutput]:
         """Increments as they are made, for one prompt or conversation. Closing the iterator aborts the request.
 
@@ -116,9 +146,10 @@ class LLM:
         """
         params = as_params(sampling_params, 1)[0]
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
-            request = self._chat_request(prompt, params, dict(chat_template_kwargs or {}))
-        elif chat_template_kwargs:
-            raise InvalidRequestError("A plain prompt has no chat template.", param="chat_template_kwargs")
+            request = self._chat_request(prompt, params, dict(chat_template_kwargs or {}), knowledge)
+        elif chat_template_kwargs or knowledge:
+            param = "chat_template_kwargs" if chat_template_kwargs else "knowledge"
+            raise InvalidRequestError("A plain prompt has no chat template.", param=param)
         else:
             request = RequestArgs(prompt=cast(Prompt, prompt), sampling_params=params)
         request_id = self.engine.add_request(**request)
@@ -139,12 +170,22 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _chat_request(self, messages: Any, params: SamplingParams, template: dict[str, Any]) -> RequestArgs:
+    def _chat_request(
+        self, messages: Any, params: SamplingParams, template: dict[str, Any], knowledge: Seq[str]
+    ) -> RequestArgs:
         """Template and tokenizer belong to the request's intake time, so its arrival is taken first."""
         arrival_ns = self.engine.clock.now_ns()
+        if knowledge:
+            prompt: Prompt = chat_segments(self.tokenizer, messages, map(self._passage, knowledge), **template)
+            return RequestArgs(prompt=prompt, sampling_params=params, arrival_ns=arrival_ns)
         token_ids = self.tokenizer.encode_chat(messages, **template)
         added = len(token_ids) - self.tokenizer.count_content_tokens(messages)
         return RequestArgs(prompt=token_ids, sampling_params=params, template_tokens=added, arrival_ns=arrival_ns)
+
+    def _passage(self, name: str) -> Passage:
+        obj = self.state_store.find(name, DEFAULT_NAMESPACE, kind="knowledge")
+        document = cast(Document, self.state_store.get(obj.state_id))
+        return passage_of(self.tokenizer, document, obj.label, obj.namespace)
 
     def _complete(self, requests: list[RequestArgs], use_tqdm: bool) -> list[RequestOutput]:
         outputs = self.engine.generate(requests, _progress_bar(len(requests)) if use_tqdm else iter)

@@ -51,7 +51,7 @@ def blocks_below(plane: Plane, blocks: list[KVBlock]) -> tuple[str, ...]:
     for block in blocks:
         entry = plane.catalog.entries.get(block.digest)
         known = entry is not None and entry.label.layout == plane.layout
-        name = next((n for n in plane.places if entry is not None and known and n in entry.tiers), None)
+        name = next((n for n, p in plane.places.items() if entry is not None and known and p.can_give(entry)), None)
         if name is None:
             break
         tiers.append(name)

@@ -1,13 +1,12 @@
 """The circuit breaker: a tier that fails is left alone for a while.
 
 What it is: closed (used), open (left alone), half open (one try). What it knows nothing about: tiers.
-Invariants: `max_errors` errors within `window_ns` open it, `trip` at once; after `cooldown_ns` exactly one
-call is let through, and its outcome decides. Time is the clock's, so a virtual one replays it.
+Invariants: `max_errors` errors in a row open it, however far apart (a tier that hangs costs each caller its
+whole deadline, and callers may be rare), `trip` at once; after `cooldown_ns` exactly one call is let through,
+and its outcome decides. Time is the clock's, so a virtual one replays it.
 """
 
 from __future__ import annotations
-
-from collections import deque
 
 from nanovllm.core.clock import Clock
 
@@ -17,11 +16,9 @@ SECOND = 1_000_000_000
 class CircuitBreaker:
     """One per tier and direction."""
 
-    def __init__(
-        self, clock: Clock, *, max_errors: int = 5, window_ns: int = 10 * SECOND, cooldown_ns: int = 30 * SECOND
-    ) -> None:
-        self._clock, self._window_ns, self._cooldown_ns = clock, window_ns, cooldown_ns
-        self._errors: deque[int] = deque(maxlen=max_errors)
+    def __init__(self, clock: Clock, *, max_errors: int = 5, cooldown_ns: int = 30 * SECOND) -> None:
+        self._clock, self._max_errors, self._cooldown_ns = clock, max_errors, cooldown_ns
+        self._errors = 0  # since the last success
         self._opened_ns: int | None = None
         self._trying = False
         self.reason = ""
@@ -44,19 +41,15 @@ class CircuitBreaker:
 
     def success(self) -> None:
         """The call worked."""
-        self._opened_ns, self._trying = None, False
-        self._errors.clear()
+        self._opened_ns, self._trying, self._errors = None, False, 0
 
     def failure(self, reason: str) -> None:
         """The call failed."""
-        now = self._clock.now_ns()
-        self._errors.append(now)
-        full = len(self._errors) == self._errors.maxlen and now - self._errors[0] <= self._window_ns
-        if self._trying or full:
+        self._errors += 1
+        if self._trying or self._errors >= self._max_errors:
             self.trip(reason)
 
     def trip(self, reason: str) -> None:
         """Open now."""
         self.num_opened += self._opened_ns is None
-        self._opened_ns, self._trying, self.reason = self._clock.now_ns(), False, reason
-        self._errors.clear()
+        self._opened_ns, self._trying, self.reason, self._errors = self._clock.now_ns(), False, reason, 0

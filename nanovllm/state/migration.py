@@ -149,6 +149,7 @@ class Migration:
 
     def _sealed(self, block: KVBlock, data: bytes) -> tuple[Entry, bytes]:
         label = self.label_of(block)
+        """The fastest tier to read it from; one that is left alone is none."""
         sealed = self.plane.seal_block(label, data)
         return Entry(bare(label), self.kind_of(block.digest), len(sealed), len(block.token_ids)), sealed
 
@@ -156,7 +157,7 @@ class Migration:
         entry = self.plane.catalog.entries.get(digest)
         if entry is None:
             return None
-        return next((name for name in self.plane.places if name in entry.tiers), None)
+        return next((name for name, place in self.plane.places.items() if place.can_give(entry)), None)
 
     def _arrival(self, load: Load, numbers: Sequence[int]) -> Callable[[Transfer], None]:
         def arrived(transfer: Transfer) -> None:

@@ -87,6 +87,10 @@ class Place:
         """Now, and with what is on its way."""
         return self.tier.used_bytes + self.busy_bytes - self.going_bytes
 
+    def can_give(self, entry: Entry) -> bool:
+        """Whether the entry's bytes lie here and this tier is not left alone."""
+        return self.name in entry.tiers and self.reads.state != "open"
+
     def is_over(self, incoming: int, mark: float) -> bool:
         """Whether so many more bytes would pass that share of the quota."""
         quota = self.tier.quota_bytes

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,12 +45,50 @@ def running_server(folder: Path, *options: str) -> Iterator[tuple[str, subproces
     try:
         client = redis.Redis(port=port, socket_timeout=2, retry=None)
         for _ in range(200):
-            with contextlib.suppress(redis.RedisError):
+            try:
                 client.ping()
                 break
-            time.sleep(0.02)
+            except redis.AuthenticationError:  # it answers, if only to those with a password
+                break
+            except redis.RedisError:
+                time.sleep(0.02)
         client.close()
         yield f"redis://127.0.0.1:{port}/0", process
     finally:
         process.kill()
         process.wait()
+
+
+class Proxy:
+    """A TCP proxy in front of a server: `delay_s` for each piece that comes back, and how many bytes that were."""
+
+    def __init__(self, url: str) -> None:
+        self._target = int(url.rpartition(":")[2].partition("/")[0])
+        self.delay_s, self.bytes_back = 0.0, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """No more connections; those that are open end with their ends."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ours, _ = self._listener.accept()
+                try:
+                    theirs = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    ours.close()
+                    continue
+                for pair in ((ours, theirs, False), (theirs, ours, True)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_back: bool) -> None:
+        with contextlib.suppress(OSError), source, sink:
+            while data := source.recv(1 << 16):
+                if is_back:
+                    self.bytes_back += len(data)
+                    time.sleep(self.delay_s)
+                sink.sendall(data)

@@ -443,7 +443,13 @@ def test_a_breaker_opens_tries_once_and_closes() -> None:
     assert breaker.allow()
     breaker.success()
     assert breaker.state == "closed" and breaker.num_opened == 1
-    for _ in range(20):  # slowly enough
+    for i in range(20):  # now and then: no row of them
         breaker.failure("EIO")
-        clock.advance(3 * SECOND)
+        if i % 4 == 3:
+            breaker.success()
     assert breaker.state == "closed"
+    for _ in range(5):  # each caller waits, and they are rare: the row counts, not the time
+        assert breaker.allow()
+        breaker.failure("deadline")
+        clock.advance(60 * SECOND)
+    assert breaker.num_opened == 2

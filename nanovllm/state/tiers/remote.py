@@ -7,8 +7,9 @@ What it is: sealed bytes in a server's memory, split into parts of `part_bytes`,
 value (512 MiB by default) and answers others meanwhile. What it knows nothing about: who else writes
 there. Invariants: nothing the server sends is believed: the reader verifies the envelope, and with a
 `mac_key` this tier verifies a keyed BLAKE2b first, so that only who has the key can place state that is
-accepted. Every command has a socket timeout; room is the server's business (`maxmemory`): its refusal is
-a TierFullError. Keys expire after `ttl_s`, so that nothing outlives its last writer for ever.
+accepted. No more is fetched of a key than `max_bytes`, whatever lies there: longer, of another type or in more
+parts is a miss. Every command has a socket timeout; room is the server's business (`maxmemory`): its refusal
+is a TierFullError. Keys expire after `ttl_s`, so that nothing outlives its last writer for ever.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ import redis
 from nanovllm.errors import TierError, TierFullError
 from nanovllm.state.tiers.tier import Found, Item
 
-PART_BYTES = 4 << 20
-MAX_PARTS = 4096
+PART_BYTES, MAX_BYTES = 4 << 20, 64 << 20
 MAC_BYTES = 32
 _COUNT = struct.Struct("<I")
 
@@ -47,8 +47,10 @@ class RemoteTier:
         timeout_s: float = 2.0,
         ttl_s: int = 86_400,
         part_bytes: int = PART_BYTES,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        self._mac_key, self._ttl_s, self._part_bytes = mac_key, ttl_s, part_bytes
+        self._mac_key, self._ttl_s = mac_key, ttl_s
+        self._part_bytes, self._max_parts = part_bytes, -(-max_bytes // part_bytes)
         try:
             self._client = redis.Redis.from_url(
                 url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None, health_check_interval=0
@@ -62,6 +64,8 @@ class RemoteTier:
             pipe = self._client.pipeline(transaction=False)
             for item in items:
                 starts = range(0, len(item.sealed), self._part_bytes)
+                if len(starts) > self._max_parts:
+                    raise TierError(f"{len(item.sealed):,} bytes are more than the remote tier takes of one piece.")
                 for i, start in enumerate(starts):
                     pipe.set(_part(item.key, i), item.sealed[start : start + self._part_bytes], ex=self._ttl_s)
                 pipe.set(_head(item.key), _COUNT.pack(len(starts)) + self._mac(item), ex=self._ttl_s)
@@ -70,10 +74,10 @@ class RemoteTier:
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Two round trips: the heads, then the parts."""
         with _server_errors():
-            heads = self._get([_head(key) for key in keys])
-            counts = [_count(head) for head in heads]
+            heads = self._get([_head(key) for key in keys], _COUNT.size + MAC_BYTES)
+            counts = [self._count(head) for head in heads]
             names = [_part(key, i) for key, count in zip(keys, counts) for i in range(count)]
-            parts = iter(self._get(names))
+            parts = iter(self._get(names, self._part_bytes))
         found = [[next(parts) for _ in range(count)] for count in counts]
         return [self._whole(key, head, own) for key, head, own in zip(keys, heads, found)]
 
@@ -88,8 +92,8 @@ class RemoteTier:
     def drop(self, keys: Sequence[bytes], *, scrub: bool = False) -> None:
         """Heads and parts. What the server wrote into files of its own is the server's."""
         with _server_errors():
-            heads = self._get([_head(key) for key in keys])
-            names = [_part(key, i) for key, head in zip(keys, heads) for i in range(_count(head))]
+            heads = self._get([_head(key) for key in keys], _COUNT.size + MAC_BYTES)
+            names = [_part(key, i) for key, head in zip(keys, heads) for i in range(self._count(head))]
             names += [_head(key) for key in keys]
             if names:
                 self._client.unlink(*names)
@@ -106,9 +110,19 @@ class RemoteTier:
         """Close the connections."""
         self._client.close()
 
-    def _get(self, names: list[str]) -> list[bytes | None]:
-        values = self._client.mget(names) if names else []
-        return [value if isinstance(value, bytes) else None for value in values]
+    def _get(self, names: list[str], longest: int) -> list[bytes | None]:
+        """The strings of these names; None for what is not there, is no string or has more than `longest` bytes."""
+        pipe = self._client.pipeline(transaction=False)
+        for name in names:
+            pipe.getrange(name, 0, longest)  # one byte more than it may have
+        return [_string(value, longest) for value in pipe.execute(raise_on_error=False)]
+
+    def _count(self, head: bytes | None) -> int:
+        """How many parts a head promises; 0 where it is no head."""
+        if head is None or len(head) < _COUNT.size:
+            return 0
+        count = int(_COUNT.unpack_from(head)[0])
+        return count if count <= self._max_parts else 0
 
     def _mac(self, item: Item) -> bytes:
         return b"" if self._mac_key is None else mac_of(self._mac_key, item.key, item.sealed)
@@ -137,12 +151,13 @@ def _part(key: bytes, i: int) -> str:
     return f"nanovllm:{key.hex()}:{i}"
 
 
-def _count(head: bytes | None) -> int:
-    """How many parts a head promises; 0 where it is no head."""
-    if head is None or len(head) < _COUNT.size:
-        return 0
-    count = int(_COUNT.unpack_from(head)[0])
-    return count if count <= MAX_PARTS else 0
+def _string(value: object, longest: int) -> bytes | None:
+    """What a GETRANGE answered. Raises the server's error, but for that of a value of another type."""
+    if isinstance(value, redis.exceptions.ResponseError) and str(value).startswith("WRONGTYPE"):
+        return None
+    if isinstance(value, Exception):
+        raise value
+    return value if isinstance(value, bytes) and 0 < len(value) <= longest else None
 
 
 @contextmanager

@@ -130,6 +130,10 @@ class TieredState(DeviceState):
         """Give everything back; a load under way is forgotten, and what it still brings is dropped."""
         load = self._loads.pop(seq, None)
         self.counters.loads_cancelled += load is not None
+        if seq.session_id and seq.is_finished and self.block_manager.prefix_mode == "reuse":
+            chain = seq.digests[: seq.num_cached_tokens // self.block_manager.block_size]
+            with self._harmless():
+                self.store.note_session(seq.session_id, store_namespace(seq.namespace), chain)
         super().release(seq)
 
     def poll(self) -> list[TransferReport]:

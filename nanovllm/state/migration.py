@@ -142,18 +142,13 @@ class Migration:
             cost_ms=block.cost_ms,
         )
 
-    def kind_of(self, digest: bytes) -> str:
-        """A block counts as what owns it; without an owner it is plain KV."""
-        owners = [self.plane.catalog.objects[state_id].kind for state_id in self.plane.catalog.owners(digest)]
-        return min(owners, default="kv")
-
     def _sealed(self, block: KVBlock, data: bytes) -> tuple[Entry, bytes]:
         label = self.label_of(block)
-        """The fastest tier to read it from; one that is left alone is none."""
         sealed = self.plane.seal_block(label, data)
-        return Entry(bare(label), self.kind_of(block.digest), len(sealed), len(block.token_ids)), sealed
+        return Entry(bare(label), self.plane.catalog.kind_of(block.digest), len(sealed), len(block.token_ids)), sealed
 
     def _source(self, digest: bytes) -> str | None:
+        """The fastest tier to read it from; one that is left alone is none."""
         entry = self.plane.catalog.entries.get(digest)
         if entry is None:
             return None
@@ -189,7 +184,7 @@ class Migration:
     def _enter_found(self, place: Place, block: KVBlock) -> None:
         label = self.label_of(block)
         size = sealed_size(label, 0 if self.plane.device is None else self.plane.device.block_bytes, self.plane.layers)
-        entry = Entry(bare(label), self.kind_of(block.digest), size, len(block.token_ids))
+        entry = Entry(bare(label), self.plane.catalog.kind_of(block.digest), size, len(block.token_ids))
         place.enter(self.plane.catalog.entries.setdefault(block.digest, entry))
 
     def _copy(self, place: Place, entry: Entry, lower: Place) -> str | None:

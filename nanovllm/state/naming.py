@@ -9,7 +9,7 @@ one writer per generation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -47,6 +47,7 @@ class Naming:
 
     plane: Plane
     reclaim: Reclaim
+    let_go: Callable[[str], None] = field(default=lambda state_id: None)  # ends the claims of an object that goes
 
     def __post_init__(self) -> None:
         self.storing = Storing(self.plane, self.reclaim, lambda obj, reason: self.drop(obj, reason, wait=False))
@@ -95,7 +96,7 @@ class Naming:
             )
         if not KIND_TABLE[obj.kind].accepts(value):
             raise InvalidRequestError(f"kind {obj.kind} does not hold {shown(value)}.", param="obj")
-        new = msgspec.structs.replace(obj, generation=obj.generation + 1)
+        new = msgspec.structs.replace(obj, generation=obj.generation + 1, is_hint=False)
         pending = Pending("update", started, new, old=obj, then=then)
         return self.storing.begin(pending, payload_of(value))
 
@@ -128,7 +129,12 @@ class Naming:
         return StateMatch(self.plane.settings.block_size, known, tuple(tiers), tuple(owners))
 
     def blocks_of(self, obj: StateObject) -> list[KVBlock]:
-        """The blocks of its tokens under the present model; the catalog learns the chain where the model changed."""
+        """The blocks of its tokens under the present model; the catalog learns the chain where the model changed.
+
+        A hint has no tokens of its own: what it owns is held and dropped by digest, and not brought up.
+        """
+        if obj.is_hint:
+            return []
         entry = self.plane.catalog.entries.get(obj.payload_key)
         data, _ = (None, "") if entry is None or not obj.num_tokens else self.plane.payload(entry)
         if data is None:
@@ -156,13 +162,16 @@ class Naming:
             generation=1,
             created_ms=self.plane.wall_ms(),
         )
-        return self.storing.finish(self.storing.begin(Pending("fork", started, new), payload))
+        chain = obj.chain if obj.is_hint else None
+        return self.storing.finish(self.storing.begin(Pending("fork", started, new, chain=chain), payload))
 
     def drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
         """Out of every tier: its text, and the blocks that only it owned. Without `wait`, on its way out."""
         started = self.plane.clock.now_ns()
+        self.let_go(obj.state_id)
         keys = self.plane.catalog.remove(obj)
         size, failed = self.plane.forget(keys, scrub=True, wait=wait)
+        self.plane.rekind(obj.chain)
         device = self.plane.device
         in_use = [key for key in obj.chain if key in set(keys) and device and device.holds(key)]
         kept = [key for key in in_use if device is not None and not device.discard(key)]

@@ -113,6 +113,7 @@ class StateObject(msgspec.Struct, kw_only=True):
 
     `chain` names the KV blocks of its tokens, in order, under the model whose root is `root`. `payload_key`
     names its text. Times are wall-clock milliseconds, because they must mean the same after a restart.
+    `is_hint`: nobody put it; it has no text, and owns the blocks of requests that named this session.
     """
 
     state_id: str
@@ -131,6 +132,7 @@ class StateObject(msgspec.Struct, kw_only=True):
     payload_bytes: int = 0
     root: bytes = b""
     chain: tuple[bytes, ...] = ()
+    is_hint: bool = False
 
     @property
     def label(self) -> str:

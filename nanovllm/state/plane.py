@@ -72,6 +72,18 @@ class Plane:
             chain.append(parent)
         return tuple(chain)
 
+    def rekind(self, keys: Iterable[bytes]) -> None:
+        """These blocks' owners changed: each counts as what owns it now, in every tier's books."""
+        for key in keys:
+            entry = self.catalog.entries.get(key)
+            if entry is not None and entry.home is None and entry.kind != self.catalog.kind_of(key):
+                places = [self.places[name] for name in entry.tiers]
+                for place in places:
+                    place.leave(entry, by_policy=False)
+                entry.kind = self.catalog.kind_of(key)
+                for place in places:
+                    place.enter(entry)
+
     def touch(self, entry: Entry, cached: int, new: int, *, hit: bool) -> None:
         """A use, told to the policy of every tier that holds it."""
         self.uses += 1

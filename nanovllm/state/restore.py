@@ -27,7 +27,7 @@ def restore(plane: Plane) -> list[str]:
     for name, entries in found.items():
         for each in entries:
             if not each.label.record:
-                _enter(plane, plane.places[name], each, _kind_of(plane, each))
+                _enter(plane, plane.places[name], each, plane.catalog.kind_of(each.label.key))
     foreign = [o for o in plane.catalog.objects.values() if o.chain and o.root != plane.root_of(o.namespace)]
     if foreign:
         warnings.append(
@@ -80,11 +80,6 @@ def _object_of(found: Found) -> StateObject | None:
         return None
     sound = obj.payload_key == found.label.key and obj.kind in KIND_TABLE and obj.namespace == found.label.namespace
     return obj if sound else None
-
-
-def _kind_of(plane: Plane, found: Found) -> str:
-    owners = [plane.catalog.objects[state_id].kind for state_id in plane.catalog.owners(found.label.key)]
-    return min(owners, default="kv")
 
 
 def _enter(plane: Plane, place: Place, found: Found, kind: str, home: str | None = None) -> None:

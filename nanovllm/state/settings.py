@@ -15,6 +15,7 @@ class StateSettings:
 
     `namespace_bytes`: what one tenant may hold in one tier (None: as much as there is). `pinned_share`: of a
     tier, what pins may hold together. `layout`, `layers`: how a block's bytes lie, where no device says so.
+    `hints_per_namespace`, `hint_blocks`, `hint_ttl_s`: of sessions that requests only name.
     """
 
     block_size: int = 16
@@ -24,7 +25,9 @@ class StateSettings:
     write_deadline_ms: float = 10_000.0
     max_object_bytes: int = 4 << 20
     objects_per_namespace: int = 10_000
-    namespace_bytes: int | None = None
     text_bytes_per_namespace: int = 1 << 30
+    namespace_bytes: int | None = None
     pinned_share: float = 0.5
-    spill_batch: int = 16
+    hints_per_namespace: int = 1_000
+    hint_blocks: int = 2_048
+    hint_ttl_s: float = 86_400.0

@@ -26,6 +26,7 @@ from nanovllm.errors import StateNotFoundError
 from nanovllm.state.audit import Audit
 from nanovllm.state.bundle import Bundles
 from nanovllm.state.catalog import Entry
+from nanovllm.state.hints import Hints
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.migration import Load, Migration
 from nanovllm.state.mover import Transfer
@@ -101,7 +102,9 @@ class StateStore:
         self._reclaim = Reclaim(self.plane, self._demote)
         self._migration = Migration(self.plane, self._reclaim)
         self._naming = Naming(self.plane, self._reclaim)
+        self._hints = Hints(self.plane, self._naming)
         self._residency = Residency(self.plane, self._migration)
+        self._naming.let_go = self._residency.release_all
         self._bundles = Bundles(self.plane, self._naming, self._migration)
         self._audit = Audit(self.plane, self._residency)
         self._swept_ms = 0
@@ -186,7 +189,7 @@ class StateStore:
         Engine: without `wait` nothing can be found any more, and the bytes are on their way out; what a tier
         fails to remove is tried again by `tick`.
         """
-        return self._drop(self._own(state_id, namespace), reason, wait=wait)
+        return self._naming.drop(self._own(state_id, namespace), reason, wait=wait)
 
     def export(self, state_id: str, namespace: str | None = None) -> bytes:
         """The object and its KV as one verified bundle."""
@@ -292,7 +295,7 @@ class StateStore:
         """The object of an id or name, if the caller may see it and it has not expired."""
         obj = self.plane.catalog.find(state_id, namespace, kind)
         if obj.expires_ms is not None and self.plane.wall_ms() >= obj.expires_ms:
-            self._drop(obj, "expired")
+            self._naming.drop(obj, "expired", wait=False)
             raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
         return obj
 
@@ -304,6 +307,10 @@ class StateStore:
             entry = self.plane.catalog.entries.get(digest)
             if entry is not None:
                 self.plane.touch(entry, cached, new, hit=hit)
+
+    def note_session(self, session: str, namespace: str, chain: Sequence[bytes]) -> None:
+        """Engine: a request that named this session has these blocks; see `hints`."""
+        self._hints.note(session, namespace, tuple(chain))
 
     def note_stored(self, digests: Iterable[bytes]) -> None:
         """Engine: these blocks are on the device now; pins that waited for them hold them."""
@@ -322,7 +329,7 @@ class StateStore:
         if now - self._swept_ms >= SWEEP_MS:
             self._swept_ms = now
             for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
-                self._drop(obj, "expired", wait=False)
+                self._naming.drop(obj, "expired", wait=False)
 
     def settle(self) -> None:
         """Wait until nothing is under way; the tiers' deadlines bound that."""
@@ -348,10 +355,6 @@ class StateStore:
         if namespace not in (None, obj.namespace):
             raise StateNotFoundError(f"There is no state {state_id!r:.80} of yours.", param="state_id")
         return obj
-
-    def _drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
-        self._residency.release_all(obj.state_id)
-        return self._naming.drop(obj, reason, wait=wait)
 
     def _demote(self, place: Place, entry: Entry) -> str | None:
         return self._migration.demote(place, entry)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from nanovllm.core.digest import Digest
 from nanovllm.errors import NanoVLLMError, StateConflictError, StateNotFoundError, StateRefusedError
 from nanovllm.state.catalog import Entry
 from nanovllm.state.envelope import Label, seal
@@ -30,12 +31,16 @@ from nanovllm.state.reclaim import Reclaim
 
 @dataclass(eq=False)
 class Pending:
-    """An object on its way. Once `done`, `result` is its id with the receipt, or raises why it was refused."""
+    """An object on its way. Once `done`, `result` is its id with the receipt, or raises why it was refused.
+
+    `chain`: the blocks it owns, where they do not follow from its tokens.
+    """
 
     action: str
     started_ns: int
     new: StateObject
     old: StateObject | None = None
+    chain: tuple[Digest, ...] | None = None
     data: bytes = b""
     transfer: Transfer | None = None
     receipt: Receipt | None = None
@@ -70,7 +75,7 @@ class Storing:
         """Write the payload to its home; it is done when that was reported. Raises where it cannot even begin."""
         pending.data = encode(payload, self.plane.settings.max_object_bytes)
         self._check(pending)
-        pending.new = self._filled(pending.new, payload, len(pending.data))
+        pending.new = self._filled(pending, payload)
         home = self._home(pending.new, must)
         if home is None:
             self._refuse(pending, "there is no tier for it")
@@ -112,6 +117,8 @@ class Storing:
         else:
             self.plane.catalog.change(pending.old, new)
             self.plane.forget([pending.old.payload_key], scrub=True, wait=False)
+            self.plane.rekind(pending.old.chain)
+        self.plane.rekind(new.chain)
         pending.receipt = self.plane.receipt(
             pending.action,
             pending.started_ns,
@@ -137,6 +144,7 @@ class Storing:
     def _check(self, pending: Pending) -> None:
         """Names that are taken, changes that are under way, too many objects."""
         new, kind = pending.new, KIND_TABLE[pending.new.kind]
+        self._check_bytes(pending)
         if pending.old is not None:
             if ("object", new.state_id) in self._reserved:
                 raise StateConflictError("Another change of this state is under way.", hint="Try again.")
@@ -144,13 +152,19 @@ class Storing:
         limit = self.plane.settings.objects_per_namespace
         if self.plane.catalog.count_in(new.namespace) + self._on_their_way[new.namespace] >= limit:
             raise StateRefusedError(f"The namespace holds {limit:,} objects already.", hint="Drop some.")
-        self._check_bytes(pending)
         if new.name is None:
             return
         old = self.plane.catalog.named(new.namespace, new.kind, new.name, new.version)
         taken = old is not None and old.version == new.version and not kind.replaces(old, new)
         if taken or self._claims(pending) & self._reserved:
             raise StateConflictError(f"There is a {new.kind} called {new.label!r} already.", param="name")
+
+    def _check_bytes(self, pending: Pending) -> None:
+        """One tenant's texts, which nothing evicts, must not fill the tier that all texts live in."""
+        limit = self.plane.settings.text_bytes_per_namespace
+        others = self.plane.catalog.bytes_in(pending.new.namespace) - (pending.old.payload_bytes if pending.old else 0)
+        if others + len(pending.data) > limit:
+            raise StateRefusedError(f"The namespace holds {others:,} bytes; {limit:,} is the most.", hint="Drop some.")
 
     def _claims(self, pending: Pending) -> set[tuple[str, ...]]:
         new = pending.new
@@ -159,13 +173,6 @@ class Storing:
         return set() if new.name is None else {("name", new.namespace, new.kind, new.name, new.version or "")}
 
     def _reserve(self, pending: Pending) -> None:
-    def _check_bytes(self, pending: Pending) -> None:
-        """One tenant's texts, which nothing evicts, must not fill the tier that all texts live in."""
-        limit = self.plane.settings.text_bytes_per_namespace
-        others = self.plane.catalog.bytes_in(pending.new.namespace) - (pending.old.payload_bytes if pending.old else 0)
-        if others + len(pending.data) > limit:
-            raise StateRefusedError(f"The namespace holds {others:,} bytes; {limit:,} is the most.", hint="Drop some.")
-
         self._reserved |= self._claims(pending)
         self._on_their_way[pending.new.namespace] += pending.old is None
 
@@ -173,14 +180,15 @@ class Storing:
         self._reserved -= self._claims(pending)
         self._on_their_way[pending.new.namespace] -= pending.old is None
 
-    def _filled(self, new: StateObject, payload: Payload, size: int) -> StateObject:
+    def _filled(self, pending: Pending, payload: Payload) -> StateObject:
         """With what follows from the payload: chain, sizes, key, expiry."""
+        new, chain = pending.new, pending.chain
         return msgspec.structs.replace(
             new,
-            chain=self.plane.chain_of(payload.token_ids, new.namespace),
+            chain=self.plane.chain_of(payload.token_ids, new.namespace) if chain is None else chain,
             root=self.plane.root_of(new.namespace),
-            num_tokens=len(payload.token_ids),
-            payload_bytes=size,
+            num_tokens=len(payload.token_ids) if chain is None else len(chain) * self.plane.settings.block_size,
+            payload_bytes=len(pending.data),
             payload_key=payload_key(new.state_id, new.generation),
             expires_ms=None if new.ttl_ms is None else self.plane.wall_ms() + new.ttl_ms,
         )

@@ -299,7 +299,26 @@ def test_the_device_evicts_what_nobody_holds_and_a_drop_takes_it_too() -> None:
     assert bench.run(PROMPT, greedy(2)).token_ids == answer(PROMPT, 2, VOCAB)
 
 
+def test_a_session_owns_its_requests_blocks_until_it_is_dropped() -> None:
+    bench = StateBench(kv_tiers=("host", "cellar"))
+    for salt in ("", "salt"):
+        bench.engine.add_request(PROMPT, greedy(3), session_id="talk", namespace="tenant", cache_salt=salt)
+        bench.bench.drain()
+    bench.write_all()
+    facts = bench.store.explain("talk", "tenant").facts
+    assert facts["blocks"] == 16 and facts["blocks_in"] == {"device": 16, "host": 16, "cellar": 16}
+    assert set(bench.store.plane.places["cellar"].by_kind) == {"session"}
+    assert bench.store.drop("talk", "tenant").ok
+    assert not bench.manager.hash_to_block_id and not bench.store.plane.catalog.entries
+    bench.engine.add_request(PROMPT, greedy(1))
+    bench.bench.drain()
+    assert not bench.store.ls()
+
+
 # -- all of it at once ---------------------------------------------------------------------------------
+
+
+SESSIONS = st.sampled_from(["", "one", "two"])
 
 
 class TieredMachine(RuleBasedStateMachine):
@@ -312,11 +331,19 @@ class TieredMachine(RuleBasedStateMachine):
         self.pins: list[str] = []
         self.count = 0
 
-    @rule(start=st.integers(0, 1), length=st.integers(1, 30), tokens=st.integers(1, 9))
-    def request(self, start: int, length: int, tokens: int) -> None:
+    @rule(start=st.integers(0, 1), length=st.integers(1, 30), tokens=st.integers(1, 9), session=SESSIONS)
+    def request(self, start: int, length: int, tokens: int, session: str) -> None:
         self.count += 1
         prompt = PROMPT[start : start + length]
-        self.live[self.b.engine.add_request(prompt, greedy(tokens), request_id=f"r{self.count}")] = prompt
+        labels = {"request_id": f"r{self.count}", "session_id": session}
+        self.live[self.b.engine.add_request(prompt, greedy(tokens), **labels)] = prompt
+
+    @precondition(lambda self: self.b.lane.is_open and not self.b.lane._jobs)
+    @rule(session=SESSIONS)
+    def drop_session(self, session: str) -> None:
+        for obj in self.b.store.ls(kind="session"):
+            if obj.name == session:
+                assert self.b.store.drop(obj.state_id).ok
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:

@@ -29,7 +29,7 @@ class Kind:
     lost: ClassVar[str]
     durable: ClassVar[bool] = False  # whether its text is on the disk before `put` answers
     ttl_s: ClassVar[float | None] = None
-    share: ClassVar[float] = 1.0  # of a tier: who has more than its share pays first
+    share: ClassVar[float] = 1.0  # of a tier: who has most for its share pays first; what nobody named has the least
     policies: ClassVar[Mapping[str, str]] = MappingProxyType({})  # tier -> policy; lru where nothing is said
 
     def policy_in(self, tier: str) -> str:

@@ -27,6 +27,7 @@ class Knowledge(Kind):
     transfer: ClassVar = "as kv, in longer runs; can be fetched while retrieval still runs"
     lost: ClassVar = "KV: prefill of the document; text: never, once acknowledged"
     durable: ClassVar = True
+    share: ClassVar[float] = 2.0
     policies: ClassVar[Mapping[str, str]] = MappingProxyType({"host": "pgdsf", "disk": "pgdsf"})
 
     def accepts(self, obj: Storable) -> bool:

@@ -29,6 +29,7 @@ class Session(Kind):
     lost: ClassVar = "KV: one long prefill; text: never, once acknowledged"
     durable: ClassVar = True
     ttl_s: ClassVar[float | None] = 30 * 86_400
+    share: ClassVar[float] = 2.0
     policies: ClassVar[Mapping[str, str]] = MappingProxyType({"host": "lru", "disk": "lru"})
 
     def accepts(self, obj: Storable) -> bool:
@@ -37,5 +38,5 @@ class Session(Kind):
         return is_messages or isinstance(obj, SessionObject)
 
     def replaces(self, old: StateObject, new: StateObject) -> bool:
-        """Two conversations do not share a name: the second is refused."""
-        return False
+        """Two conversations do not share a name: the second is refused. A hint gives way to the conversation."""
+        return old.is_hint

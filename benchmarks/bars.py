@@ -44,6 +44,9 @@ CACHE = (
     "python -m nanovllm lab cache benchmarks/traces/mooncake_conversation_trace.jsonl.gz "
     "--policy pgdsf --capacity 10000 --requests 10000 --json"
 )
+KNOWLEDGE = "python benchmarks/knowledge.py"
+SESSIONS = "python benchmarks/sessions.py"
+RESTORE = "python benchmarks/state_restore.py"
 OBSERVED = "python benchmarks/observation_cost.py"
 BARS = (
     Bar(2, "one stream, decode, against transformers eager", ENGINE, "workloads.one_stream.ratio", ">=", 1.5),
@@ -55,6 +58,21 @@ BARS = (
     Bar(
         5, "observation on, processor-s per token, upper 95 % bound, %", OBSERVED, "overhead_upper95_percent", "<=", 3.0
     ),
+    Bar(
+        6, "500 documents, Zipf(1.0), median TTFT without reuse over tiers", KNOWLEDGE, "none_over_tiers_p50", ">=", 2.5
+    ),
+    Bar(
+        6, "500 documents, median TTFT with device-only reuse over tiers", KNOWLEDGE, "device_over_tiers_p50", ">=", 1.0
+    ),
+    Bar(6, "20 turns, kill -9 after each: answers as unkilled", SESSIONS, "turns_equal", ">=", 20),
+    Bar(6, "20 turns, from turn 5 on: reusable tokens that come from disk", SESSIONS, "disk_share_min", ">=", 0.9),
+    Bar(
+        6, "turns of 2,048 tokens and more: cold TTFT over restored, pages warm", SESSIONS, "cold_over_warm", ">=", 5.0
+    ),
+    Bar(
+        6, "turns of 2,048 tokens and more: cold over restored, pages dropped", SESSIONS, "cold_over_dropped", ">=", 5.0
+    ),
+    Bar(6, "prefix of 2,048 tokens: cold TTFT over disk, pages warm", RESTORE, "speedup.disk_warm", ">=", 5.0),
     Bar(6, "cache simulator, one policy, one capacity, 10,000 requests, seconds", CACHE, "seconds", "<=", 10.0),
 )
 

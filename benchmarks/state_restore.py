@@ -1,7 +1,7 @@
 """What a prefix costs that is restored instead of computed: TTFT cold, from host memory, and from disk.
 
     python benchmarks/state_restore.py                       # SmolLM2, 2,048 tokens; the last line is JSON
-    python benchmarks/state_restore.py --tokens 512 --repeats 2
+    python benchmarks/state_restore.py --quick               # 512 tokens, two repeats
 
 One engine, one prompt per repeat. Its first request is the cold prefill; then the device forgets it and the same
 prompt is asked again, its KV lying in host memory, on disk with the page cache warm, and on disk after the kernel
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from talk import drop_pages
+from tqdm import tqdm
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.outputs import RequestOutput
@@ -32,7 +34,8 @@ def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, engine(args, folder) as llm:
         llm.generate([prompt_of(llm, 64, 0)], ONE_TOKEN)  # warm up
-        rows = [one_repeat(llm, prompt_of(llm, args.tokens, i + 1), Path(folder)) for i in range(args.repeats)]
+        numbers = tqdm(range(1, args.repeats + 1), unit="repeat", desc="repeats")
+        rows = [one_repeat(llm, prompt_of(llm, args.tokens, number), Path(folder)) for number in numbers]
         report(args, llm, rows)
 
 
@@ -47,7 +50,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--folder", default=None, help="where the state folder is made; default: the system's temporary one"
     )
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="512 tokens, two repeats")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.repeats = 512, 2
+    return args
 
 
 def engine(args: argparse.Namespace, folder: str) -> LLM:
@@ -110,17 +117,6 @@ def forget(llm: LLM, *tiers: str) -> None:
     for tier in tiers:
         llm.state_store.evict(tier=tier, bytes=EVERYTHING)
     settle(llm)
-
-
-def drop_pages(folder: Path) -> None:
-    """Ask the kernel to forget the files' pages; without root it may keep some, so the case says `asked`."""
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
 
 
 def report(args: argparse.Namespace, llm: LLM, rows: list[dict[str, dict[str, Any]]]) -> None:

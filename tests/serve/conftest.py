@@ -69,8 +69,9 @@ def process() -> Iterator[Callable[..., ServerProcess]]:
     started: list[ServerProcess] = []
 
     def start(*arguments: str, **env: str) -> ServerProcess:
-        started.append(ServerProcess(*arguments, **env))
-        return started[-1].wait_ready()
+        one = ServerProcess(*arguments, **env)
+        started.append(one)
+        return one.wait_ready()
 
     yield start
     for one in started:

@@ -10,7 +10,7 @@ not the conversation; with piped stdin each line is a message and a failure ends
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -38,6 +38,10 @@ def chat(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Default: smollm2.")] = None,
     *,
     system: Annotated[str | None, typer.Option("--system", help="Instructions put before the conversation.")] = None,
+    knowledge: Annotated[
+        list[str] | None,
+        typer.Option("--knowledge", help="A document to answer from, NAME or NAME@VERSION; may be repeated."),
+    ] = None,
     url: Url = None,
     api_key: ApiKey = None,
     server_model: ServerModel = None,
@@ -51,7 +55,7 @@ def chat(
     if url is not None:
         if model is not None:
             raise InvalidRequestError(f"{model} would be opened here, not at --url.", hint=f"Write --model {model}.")
-        _converse(open_server(url, api_key, server_model, sampling, setup), system, setup.quiet)
+        _converse(open_server(url, api_key, server_model, sampling, setup, knowledge or ()), system, setup.quiet)
         return
     if server_model is not None:
         raise InvalidRequestError("--model names a server's model.", hint=f"Write nanovllm chat {server_model}.")
@@ -60,7 +64,7 @@ def chat(
             raise InvalidRequestError(
                 f"{model} has no chat template.", param="model", hint="Use nanovllm run --raw, or a chat model."
             )
-        _converse(LocalAnswers(llm, sampling), system, setup.quiet)
+        _converse(LocalAnswers(llm, sampling, knowledge or ()), system, setup.quiet)
 
 
 def _converse(answers: Answers, system: str | None, quiet: bool) -> None:
@@ -88,14 +92,14 @@ class Answers(Protocol):
 class LocalAnswers:
     """Answers of an engine in this process."""
 
-    def __init__(self, llm: LLM, sampling: SamplingParams) -> None:
-        self._llm, self._sampling = llm, sampling
+    def __init__(self, llm: LLM, sampling: SamplingParams, knowledge: Sequence[str]) -> None:
+        self._llm, self._sampling, self._knowledge = llm, sampling, knowledge
         self._last: RequestOutput | None = None
 
     def stream(self, messages: list[dict[str, Any]]) -> Generator[str]:
         """Ctrl-C within it takes effect between two steps."""
         with interruptible(self._llm):
-            for output in self._llm.stream(messages, self._sampling):
+            for output in self._llm.stream(messages, self._sampling, knowledge=self._knowledge):
                 yield output.text
                 self._last = output.final or self._last
 

@@ -9,7 +9,7 @@ client's own; the key is shown nowhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
@@ -41,7 +41,12 @@ ServerModel = Annotated[
 
 
 def open_server(
-    url: str, api_key: str | None, model: str | None, sampling: SamplingParams, setup: Setup
+    url: str,
+    api_key: str | None,
+    model: str | None,
+    sampling: SamplingParams,
+    setup: Setup,
+    knowledge: Sequence[str] = (),
 ) -> RemoteAnswers:
     """The server, seen to be there. Engine flags are refused: its engine was set up when it was started."""
     others = {"config": setup.config_file, "log": setup.log, "events": setup.events}
@@ -51,7 +56,8 @@ def open_server(
             f"{flag_of(given[0])} has no effect on a server.", param=given[0], hint="Leave it out, or --url."
         )
     address = Address.parse(url, api_key)
-    return RemoteAnswers(address, request_fields(model or first_model(address), sampling))
+    fields = request_fields(model or first_model(address), sampling)
+    return RemoteAnswers(address, {**fields, "knowledge": [*knowledge]} if knowledge else fields)
 
 
 def request_fields(model: str, sampling: SamplingParams) -> dict[str, Any]:

@@ -37,7 +37,7 @@ EXAMPLES = """Examples:
 The folder and the key may come from NANOVLLM_STATE_DIR and NANOVLLM_API_KEY. A folder that a server has \
 is asked for there.
 """
-WHERE, SAID = "Where the state is", "What is said of it"
+WHERE, SAID, DOCUMENT = "Where the state is", "What is said of it", "Of a document"
 
 state = typer.Typer(no_args_is_help=True, help="Look at named state and act on it: in a folder, or on a server.")
 
@@ -149,10 +149,31 @@ def put(
     namespace: OwnNamespace = None,
     ttl: Ttl = None,
     durable: Annotated[bool, _option("--durable", "On the disk before it is acknowledged.", SAID)] = False,
+    system: Annotated[str | None, _option("--system", "What the system says before the document.", DOCUMENT)] = None,
+    template: Annotated[str | None, _option("--template", "What stands around it, with {document}.", DOCUMENT)] = None,
+    public: Annotated[bool, _option("--public", "For every key; needs the admin's.", DOCUMENT)] = False,
+    wait: Annotated[bool, _option("--wait", "Until its KV is computed.", DOCUMENT)] = False,
     where: Where,
 ) -> None:
-    """Keep a text, messages or token ids under a new id."""
+    """Keep a text, messages or token ids under a new id; or a document, which chat --knowledge answers from.
+
+    A document is a text with a name and one of --system, --template, --public, --wait.
+    """
     text = sys.stdin.read() if text == "-" else text
+    if public or wait or not system is template is None:
+        given = {"messages": messages, "token_ids": token_ids, "namespace": namespace, "durable": durable or None}
+        _check_document(text, name, kind, given)
+        scope = "public" if public else "own"
+        about: dict[str, Any] = {
+            "version": version,
+            "system": system,
+            "template": template,
+            "ttl": ttl,
+            "scope": scope,
+            "wait": wait,
+        }
+        where.tell(where.call("upload", text=text, name=name, **about), "print_document")
+        return
     metadata = _given(kind=kind, name=name, version=version, namespace=namespace, ttl=ttl, durable=durable or None)
     lists = {"messages": _list_of(messages, "messages"), "token_ids": _list_of(token_ids, "token_ids")}
     where.act("put", text=text, **lists, metadata=metadata)
@@ -283,6 +304,15 @@ def explain(state_id: StateName, *, namespace: Namespace = None, where: Where) -
 def top(*, where: Where) -> None:
     """Bytes, hits and failures of each tier."""
     where.tell(where.call("top"), "print_tiers")
+
+
+def _check_document(text: str | None, name: str | None, kind: str | None, others: dict[str, Any]) -> None:
+    """Raise InvalidRequestError unless the flags say a document."""
+    if not text or name is None or kind not in (None, "knowledge"):
+        raise InvalidRequestError("A document is a text with a --name.", param="text" if not text else "name")
+    for flag, value in others.items():
+        if value is not None:
+            raise InvalidRequestError(f"--{flag.replace('_', '-')} says nothing of a document.", param=flag)
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode
 from nanovllm.errors import InvalidRequestError, RemoteError, StateFolderError
 from nanovllm.lab.address import Address
 from nanovllm.lab.client import exchange
+from nanovllm.state.objects import DEFAULT_NAMESPACE, PUBLIC, Document
 from nanovllm.state.report import (
     accepted,
     content_of,
@@ -33,11 +34,12 @@ from nanovllm.state.tiers.ownership import address_of, is_owned, is_state_folder
 
 ANSWER_BYTES = 128 << 20
 LOOKING = ("ls", "show", "export", "explain", "top")  # `verify` sets damage aside where it is asked to
-MAKING = ("put", "import")
+MAKING = ("put", "upload", "import")
 _OBJECTS, _OBJECT = "/state/objects", "/state/objects/{id}"
 _PATHS = {
     "ls": ("GET", _OBJECTS),
     "put": ("POST", _OBJECTS),
+    "upload": ("POST", "/state/knowledge"),
     "show": ("GET", _OBJECT),
     "drop": ("DELETE", _OBJECT),
     "explain": ("GET", f"{_OBJECT}/explain"),
@@ -134,6 +136,16 @@ class FolderPlace:
 
     def _put(self, *, text: str | None, token_ids: Any, messages: Any, metadata: Any) -> Any:
         return accepted(self._store.put(storable(text, token_ids, messages), metadata))
+
+    def _upload(self, *, text: str, scope: str, wait: bool, system: Any, template: Any, **about: Any) -> Any:
+        if wait:
+            raise InvalidRequestError("No engine has this folder: there is nothing to wait for.", param="wait")
+        document = Document(text, (), system or "", template or "")
+        namespace = PUBLIC if scope == "public" else DEFAULT_NAMESPACE
+        state_id = self._store.put(document, {**about, "kind": "knowledge", "namespace": namespace})
+        left = {"status": "left", "reason": "no engine has this folder: the first question computes it"}
+        facts = {"name": about["name"], "version": about["version"], "scope": scope, "tokens": 0, "durable": True}
+        return {"state_id": str(state_id), **facts, "prefill": {**left, "cached_tokens": 0}, "pin": None}
 
     def _show(self, **named: Any) -> Any:
         found = self._store.find(**named)

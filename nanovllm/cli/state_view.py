@@ -43,12 +43,24 @@ def print_object(found: Mapping[str, Any]) -> None:
     """Its facts, then what was put."""
     content = found["content"]
     _facts({name: value for name, value in found.items() if name != "content"})
+    for name in ("system", "template"):
+        if name in content:
+            _line(f"{name}: {content[name]!r}")
     if "text" in content:
         _line(f"\n{content['text']}")
     for message in content.get("messages", ()):
         _line(f"\n{message.get('role', '?')}: {message.get('content', '')}")
     if content.get("token_ids"):
         _line(f"\ntoken_ids: {' '.join(map(str, content['token_ids']))}")
+
+
+def print_document(kept: Mapping[str, Any]) -> None:
+    """What was kept, and what became of its KV."""
+    label = kept["name"] if kept["version"] is None else f"{kept['name']}@{kept['version']}"
+    where = "on the disk" if kept["durable"] else "in memory, and gone with it"
+    _line(f"{label} is kept {where}: {kept['state_id']}, {kept['scope']}, a path of {kept['tokens']:,} tokens.")
+    prefill = kept["prefill"]
+    _line(f"KV {prefill['status']}: {prefill['reason']}; {prefill['cached_tokens']:,} tokens of it were found.")
 
 
 def print_receipt(receipt: Mapping[str, Any]) -> None:

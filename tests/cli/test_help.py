@@ -62,9 +62,10 @@ ENGINE = {
 }
 STATE = {"--state-dir", "--url", "--api-key", "--json", "--help"}
 OWN = {"--name", "--version", "--namespace", "--ttl"}
+DOCUMENT = {"--system", "--template", "--public", "--wait"}
 SNAPSHOT = {
     "run": {"--system", "--raw", "--timeline", "--json", "--help"} | OUTPUT | SAMPLING | ENGINE,
-    "chat": {"--system", "--url", "--api-key", "--model", "--help"} | OUTPUT | SAMPLING | ENGINE,
+    "chat": {"--system", "--knowledge", "--url", "--api-key", "--model", "--help"} | OUTPUT | SAMPLING | ENGINE,
     "serve": {flag_of(name) for name, _ in setting_fields()} | {"--help", "--quiet", "--seed"} | ENGINE,
     "pull": {"--json", "--quiet", "--help"},
     "doctor": {"--json", "--help"},
@@ -160,7 +161,7 @@ SNAPSHOT = {
     },
     "state ls": STATE | {"--kind", "--name", "--namespace", "--limit", "--after"},
     "state show": STATE | {"--namespace"},
-    "state put": STATE | OWN | {"--messages", "--token-ids", "--kind", "--durable"},
+    "state put": STATE | OWN | DOCUMENT | {"--messages", "--token-ids", "--kind", "--durable"},
     "state pin": STATE | {"--device", "--ttl", "--namespace"},
     "state unpin": STATE | {"--device", "--namespace"},
     "state migrate": STATE | {"--namespace"},

@@ -105,6 +105,33 @@ def test_a_server_by_its_address_and_what_it_refuses(nanovllm: Run, owner: tuple
     assert done.returncode == 1 and "There is no state 'nobody'" in done.stderr
 
 
+def test_a_document_is_uploaded_and_asked_about(nanovllm: Run, owner: tuple[LiveServer, Path], tmp_path: Path) -> None:
+    url, folder = owner[0].server.url, str(tmp_path / "s")
+    about = ("--name", "library", "--version", "1", "--system", "Answer from it.")
+    text = "The library opens at 8. " * 4
+    kept = json.loads(nanovllm("state", "put", text, *about, "--wait", "--url", url, "--json", **KEY).stdout)
+    assert (kept["prefill"]["status"], kept["durable"], kept["scope"]) == ("computed", True, "own")
+    ask = ("--max-tokens", "2", "--knowledge", "library")
+    done = nanovllm("chat", "--url", url, *ask, stdin="When?\n/timeline\n", **KEY)
+    assert done.returncode == 0 and int(re.search(r"(\d+) cached;", done.stderr)[1]) >= kept["tokens"] - 32
+    done = nanovllm("chat", "--url", url, "--knowledge", "nobody", stdin="When?\n", **KEY)
+    assert done.returncode != 0 and "There is no document 'nobody'" in done.stderr
+    done = nanovllm("state", "put", text, "--name", "p", "--public", "--url", url, **KEY)
+    assert done.returncode == 0 and "p is kept on the disk" in done.stdout and "KV left: each key" in done.stdout
+    for flags in (("--wait",), ("--name", "x", "--wait", "--durable"), ("--name", "x", "--kind", "kv", "--system", "")):
+        assert nanovllm("state", "put", "x", *flags, "--url", url, **KEY).returncode == 2
+    done = nanovllm("state", "put", text, *about, "--state-dir", folder)
+    assert done.returncode == 0 and "KV left: no engine has this folder" in done.stdout
+    assert nanovllm("state", "put", text, *about, "--wait", "--state-dir", folder).returncode == 2
+    assert "system: 'Answer from it.'" in nanovllm("state", "show", "library", "--state-dir", folder).stdout
+    offline = ("chat", "tiny:random", "--dtype", "float32", "--state-dir", folder, *ask)
+    done = nanovllm(*offline, stdin="When?\n/timeline\n")
+    assert done.returncode == 0 and done.stdout, done.stderr
+    for name in ("library", "p"):
+        query = "?scope=public" if name == "p" else ""
+        assert owner[0].ask("DELETE", f"/state/knowledge/{name}{query}").status == 200
+
+
 def test_an_owner_without_an_address_is_named(nanovllm: Run, tmp_path: Path) -> None:
     """Its folder may be looked at; changing it is refused, with the process's number."""
     with StateStore.open(tmp_path / "s") as store:
@@ -165,7 +192,8 @@ def test_tables_for_people_are_harmless(nanovllm: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["state.md", "state.zh.md"])
 def test_every_verb_has_a_path_and_is_on_the_page(page: str) -> None:
-    assert {command.name for command in state.registered_commands} == set(_PATHS)
+    verbs = {command.name for command in state.registered_commands}
+    assert verbs | {"upload"} == set(_PATHS)  # `put` uploads what it is told of as a document
     text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
     (listed,) = re.findall(r"`nanovllm state ([a-z|]+)`", text)
-    assert set(listed.split("|")) == set(_PATHS)
+    assert set(listed.split("|")) == verbs

@@ -54,8 +54,7 @@ class Knowledge:
 
     async def find(self, tenant: Tenant, name: str) -> StateObject:
         """The document of an id, `name` or `name@version` that the tenant may see. Raises StateNotFoundError."""
-        found: StateObject = await self.call("find", state_id=name, namespace=store_namespace(tenant.owner), kind=KIND)
-        return found
+        return await self._find(name, store_namespace(tenant.owner))
 
     async def passages(self, services: Services, tenant: Tenant, names: Sequence[str]) -> list[Passage]:
         """The documents as prompts carry them, in their order there. Raises StateNotFoundError, naming the field."""
@@ -77,10 +76,10 @@ class Knowledge:
         found: list[StateObject] = await self.call("ls", namespace=namespace, kind=KIND, name=name)
         own = [obj for obj in found if obj.namespace == namespace]
         if not own:
-            obj: StateObject = await self.call("find", state_id=name, namespace=namespace, kind=KIND)
+            obj = await self._find(name, namespace)
             own = [obj] if obj.namespace == namespace else []
         if not own:
-            raise StateNotFoundError(f"There is no document {name!r:.80} of yours.", param="name")
+            raise _not_there(name, "name")
         return own
 
     def namespace_for(self, tenant: Tenant, passages: Sequence[Passage]) -> str:
@@ -93,6 +92,13 @@ class Knowledge:
         if namespace == PUBLIC:
             return "" if self.shares_kv else None
         return engine_namespace(namespace)
+
+    async def _find(self, name: str, namespace: str) -> StateObject:
+        try:
+            found: StateObject = await self.call("find", state_id=name, namespace=namespace, kind=KIND)
+        except StateNotFoundError:
+            raise _not_there(name, "name") from None
+        return found
 
     async def _passage(self, services: Services, tenant: Tenant, name: str, param: str) -> Passage:
         try:
@@ -111,9 +117,7 @@ class Knowledge:
                 work = partial(passage_of, services.engine.tokenizer, document, obj.label, obj.namespace)
                 return self._keep(key, await in_pool(services.pool, work))
         except StateNotFoundError:
-            raise StateNotFoundError(
-                f"There is no document {name!r:.80}.", param=param, hint="GET /state/knowledge lists them."
-            ) from None
+            raise _not_there(name, param) from None
         raise AssertionError("unreachable")
 
     def _keep(self, key: tuple[str, int], passage: Passage) -> Passage:
@@ -125,6 +129,12 @@ class Knowledge:
             _, gone = self._passages.popitem(last=False)
             self._num_tokens -= len(gone.token_ids)
         return passage
+
+
+def _not_there(name: str, param: str) -> StateNotFoundError:
+    """One answer, whether it is nobody's or another tenant's."""
+    hint = "GET /state/knowledge lists them."
+    return StateNotFoundError(f"There is no document {name!r:.80} of yours.", param=param, hint=hint)
 
 
 async def prompt_of(services: Services, tenant: Tenant, chat: Conversation, names: Sequence[str] | None) -> Prompt:

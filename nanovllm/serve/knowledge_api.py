@@ -12,7 +12,6 @@ import asyncio
 from functools import partial
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -22,12 +21,12 @@ from nanovllm.engine.device_state_tier import store_namespace
 from nanovllm.engine.knowledge_prompt import check_template, path_of, spans_of
 from nanovllm.errors import AccessError, NanoVLLMError
 from nanovllm.serve.context import Services, Tenant
-from nanovllm.serve.knowledge import KIND
+from nanovllm.serve.knowledge import KIND, Knowledge
 from nanovllm.serve.knowledge_prefill import Job
 from nanovllm.serve.reception import BYTES_PER_S, RENDER_S, check_size, decoded, parts_of, within
 from nanovllm.serve.replies import KnowledgeReply, PrefillReply
 from nanovllm.serve.state_api import KNOWLEDGE_PATH, PAGE, json_of, limit_of, query_of
-from nanovllm.serve.state_protocol import KnowledgeBody
+from nanovllm.serve.state_protocol import KnowledgeBody, PinBody
 from nanovllm.state.objects import PUBLIC, Document, StateId, check_name
 from nanovllm.state.report import content_of, object_facts, page, position, receipt_facts
 
@@ -42,9 +41,7 @@ async def put(request: Request) -> Response:
     knowledge = services.knowledge
     state_id: StateId = await knowledge.call("put", obj=document, metadata=metadata)
     kept = state_id.receipt is not None and state_id.receipt.reason == "durable"
-    pinned = None
-    if body.pin is not None:
-        pinned = receipt_facts(await knowledge.call("pin", state_id=state_id, **msgspec.to_builtins(body.pin)))
+    pinned = None if body.pin is None else await _pinned(knowledge, state_id, body.pin)
     prefill = await _prefill(services, namespace, document, path, body)
     tokens = len(document.token_ids)
     return json_of(KnowledgeReply(str(state_id), body.name, body.version, body.scope, tokens, kept, prefill, pinned))
@@ -113,6 +110,14 @@ async def _read(services: Services, body: KnowledgeBody) -> tuple[Document, list
     engine = services.engine
     work = partial(path_of, engine.tokenizer, document, _label(body), engine.info.max_model_len)
     return await within(services.pool, work, RENDER_S + size / BYTES_PER_S, "text")
+
+
+async def _pinned(knowledge: Knowledge, state_id: StateId, pin: PinBody) -> dict[str, Any]:
+    """The pin's receipt. The document is kept by now: a pin that cannot be is told, not raised."""
+    try:
+        return receipt_facts(await knowledge.call("pin", state_id=state_id, device=pin.device, ttl=pin.ttl))
+    except NanoVLLMError as error:
+        return {"action": "pin", "ok": False, "reason": error.message}
 
 
 async def _prefill(

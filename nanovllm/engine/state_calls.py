@@ -3,8 +3,7 @@
 What it is: a table of verbs, the way of a call there (plain data) and of its answer back (the store's own
 types); one verb, `written`, is the engine's own. What it knows nothing about: links, HTTP, who may call what.
 Invariants: what crosses is numbers, strings, bytes, lists and maps; each call is answered exactly once, by its
-result or by its error; a put, an update and a drop do not wait for the disk, whatever else waits does so for a
-tier's deadline at most.
+result or by its error; none of them waits for a tier: it goes on when the tier has answered.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from nanovllm.state.payload import decode, encode, object_of, payload_of
 from nanovllm.state.receipts import Explanation, Receipt
 from nanovllm.state.store import StateStore
 from nanovllm.state.storing import Pending
+from nanovllm.state.verbs import LATER
 
 Answer = Callable[[StateAnswer], None]
 WIRE_BYTES = 32 << 20  # of one object: half of what a frame may hold
@@ -100,6 +100,8 @@ def apply_call(store: StateStore, call: StateCall, answer: Answer) -> None:
             arguments[OBJECT] = object_of(decode(arguments[OBJECT]))
         if call.verb in ("put", "update"):
             _begin(store, call, arguments, answer)
+        elif call.verb in LATER:
+            store.later(call.verb, lambda result, error: answer(_outcome(call, result, error)), **arguments)
         else:
             answer(_answered(call, _apply(store, call.verb, arguments)))
     except Exception as error:  # noqa: BLE001  whatever it is, it belongs to whoever asked
@@ -124,9 +126,18 @@ def _apply(store: StateStore, verb: str, arguments: dict[str, Any]) -> Any:
         raise InvalidRequestError(f"There is no call {verb!r:.60} on state.", param="verb")
     if verb == "drop":
         arguments.setdefault("wait", False)
-    result = getattr(store, verb)(**arguments)
-    _check_size(result, "state_id")
-    return encode(payload_of(result), WIRE_BYTES) if verb == "get" else result
+    return getattr(store, verb)(**arguments)
+
+
+def _outcome(call: StateCall, result: Any, error: Exception | None) -> StateAnswer:
+    """The answer to a verb that read or wrote; a result that no frame would hold is a refusal."""
+    try:
+        if error is not None:
+            raise error
+        _check_size(result, "state_id")
+        return _answered(call, encode(payload_of(result), WIRE_BYTES) if call.verb == "get" else result)
+    except Exception as refusal:  # noqa: BLE001  it belongs to whoever asked
+        return _refused(call, refusal)
 
 
 def _check_size(bundle: Any, param: str) -> None:

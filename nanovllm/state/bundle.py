@@ -20,11 +20,12 @@ from xxhash import xxh3_128_digest
 from nanovllm.errors import StateBundleError, StateNotFoundError
 from nanovllm.state.envelope import SUM_BYTES, BadEnvelope, Label, read_header, seal, unseal
 from nanovllm.state.kinds.table import KIND_TABLE
-from nanovllm.state.migration import Migration
+from nanovllm.state.migration import BATCH, Migration
 from nanovllm.state.naming import Naming
 from nanovllm.state.objects import KVBlock, Metadata, StateId, StateObject
 from nanovllm.state.payload import Payload, decode, object_of
 from nanovllm.state.plane import Plane
+from nanovllm.state.steps import Steps
 from nanovllm.state.storing import payload_label
 
 MAGIC = b"NVBUNDL1"
@@ -39,20 +40,20 @@ class Bundles:
     naming: Naming
     migration: Migration
 
-    def export(self, obj: StateObject) -> bytes:
+    def export(self, obj: StateObject) -> Steps[bytes]:
         """The object's payload and the KV of its longest known prefix."""
         started = self.plane.clock.now_ns()
         entry = self.plane.catalog.entries.get(obj.payload_key)
-        data, _ = (None, "") if entry is None else self.plane.payload(entry)
+        data, _ = (None, "") if entry is None else (yield from self.plane.payload(entry))
         if data is None:
             raise StateNotFoundError(f"The bytes of {obj.label!r} are lost.")
-        parts = [seal(payload_label(obj), data), *self._blocks(obj)]
+        parts = [seal(payload_label(obj), data), *(yield from self._blocks(obj))]
         head = MAGIC + _COUNT.pack(len(parts)) + b"".join(_LENGTH.pack(len(part)) + part for part in parts)
         reason = f"its text and {len(parts) - 1} of {len(obj.chain)} blocks"
         self.plane.receipt("export", started, True, reason, obj=obj, size_bytes=len(head) + SUM_BYTES)
         return head + xxh3_128_digest(head)
 
-    def import_(self, data: bytes, metadata: Metadata) -> StateId:
+    def import_(self, data: bytes, metadata: Metadata) -> Steps[StateId]:
         """Take a bundle in under `metadata`'s namespace and name. Raises StateBundleError; then nothing changed."""
         started = self.plane.clock.now_ns()
         record, payload, blocks = _read(data)
@@ -64,9 +65,9 @@ class Bundles:
             ttl=metadata.ttl or (None if record.ttl_ms is None else record.ttl_ms / 1000),
             durable=metadata.durable,
         )
-        state_id = self.naming.put(object_of(payload), given)
+        state_id = yield from self.naming.put(object_of(payload), given)
         obj = self.plane.catalog.objects[state_id]
-        taken = self._take(obj, blocks)
+        taken = yield from self._take(obj, blocks)
         reason = f"text, and {taken} of {len(blocks)} blocks: the others are of another model, layout or namespace"
         state_id.receipt = self.plane.receipt(
             "import", started, True, reason if taken < len(blocks) else f"text and {taken} blocks", obj=obj,
@@ -74,31 +75,36 @@ class Bundles:
         )  # fmt: skip
         return state_id
 
-    def _blocks(self, obj: StateObject) -> Iterator[bytes]:
-        """The chain's blocks from whatever tier has them, until the first that none has."""
-        for block in self.naming.blocks_of(obj):
-            payload = None if self.plane.device is None else self.plane.device.read(block.digest)
-            entry = self.plane.catalog.entries.get(block.digest)
-            if payload is None and entry is not None:
-                payload, _ = self.plane.payload(entry)
-            if payload is None:
-                return
-            yield self.plane.seal_block(self.migration.label_of(block), payload)
+    def _blocks(self, obj: StateObject) -> Steps[list[bytes]]:
+        """The chain's blocks, sealed, from whatever tier has them, until the first that none has."""
+        blocks, device, parts = (yield from self.naming.blocks_of(obj)), self.plane.device, list[bytes]()
+        for start in range(0, len(blocks), BATCH):
+            batch = blocks[start : start + BATCH]
+            found = {b.digest: None if device is None else device.read(b.digest) for b in batch}
+            load = yield from self.migration.fetch([b for b in batch if found[b.digest] is None])
+            found.update({block.digest: payload for block, payload in zip(load.blocks, load.payloads)})
+            for block in batch:
+                payload = found[block.digest]
+                if payload is None:
+                    return parts
+                parts.append(self.plane.seal_block(self.migration.label_of(block), payload))
+        return parts
 
-    def _take(self, obj: StateObject, blocks: list[tuple[Label, bytes]]) -> int:
+    def _take(self, obj: StateObject, blocks: list[tuple[Label, bytes]]) -> Steps[int]:
         """Those that are this object's own blocks here, in order."""
         pairs: list[tuple[KVBlock, bytes]] = []
         size = None if self.plane.device is None else self.plane.device.block_bytes
-        for own, (label, payload) in zip(self.naming.blocks_of(obj), blocks):
+        for own, (label, payload) in zip((yield from self.naming.blocks_of(obj)), blocks):
             if label.key != own.digest or label.layout != self.plane.layout or label.namespace != own.namespace:
                 break
             if size not in (None, len(payload)):
                 break
             pairs.append((own, payload))
         transfer = self.migration.spill(pairs) if pairs else None
-        if transfer is None or not self.plane.mover.wait(transfer).ok:
+        if transfer is None:
             return 0
-        return len(pairs)
+        yield transfer
+        return len(pairs) if transfer.ok else 0
 
 
 def _read(data: bytes) -> tuple[StateObject, Payload, list[tuple[Label, bytes]]]:

@@ -21,6 +21,9 @@ from nanovllm.state.place import Place
 from nanovllm.state.plane import Plane, bare
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
+from nanovllm.state.steps import Steps
+
+BATCH = 32  # blocks that a verb moves at a time
 
 
 @dataclass(eq=False)
@@ -88,10 +91,10 @@ class Migration:
             then(load)
         return load
 
-    def wait(self, load: Load) -> Load:
-        """Until it is done; the tiers' deadlines bound that."""
-        for transfer in load.transfers:
-            self.plane.mover.wait(transfer)
+    def fetch(self, blocks: Sequence[KVBlock]) -> Steps[Load]:
+        """Read blocks, as a part of a verb."""
+        load = self.load(blocks)
+        yield from load.transfers
         return load
 
     def lookup(self, blocks: Sequence[KVBlock]) -> list[Transfer]:
@@ -113,7 +116,7 @@ class Migration:
                 return self._copy(place, entry, lower)
         return None
 
-    def migrate(self, obj: StateObject, tier: str, pinned: bool = False) -> Receipt:
+    def migrate(self, obj: StateObject, tier: str, pinned: bool = False) -> Steps[Receipt]:
         """The verb: the object's bytes to that tier, copies above it given up. Refused where there is no room."""
         started = self.plane.clock.now_ns()
         place = self._place(tier)
@@ -122,7 +125,7 @@ class Migration:
         refusal = self._refusal(place, missing, size, obj)
         if refusal:
             return self.plane.receipt("migrate", started, False, refusal, obj=obj, tier=tier)
-        moved = sum(entry.size_bytes for entry in missing if self._bring(entry, place))
+        moved = yield from self._bring(missing, place)
         ok = moved == size
         if ok and not pinned:
             self._give_up_above(obj, place)
@@ -210,15 +213,22 @@ class Migration:
             return f"{size:,} bytes do not fit {place.name}: what is there is held"
         return ""
 
-    def _bring(self, entry: Entry, place: Place) -> bool:
-        """One entry's sealed bytes, as they are; what does not verify is not spread."""
-        payload, source = self.plane.payload(entry)
-        if payload is None:
-            return False
-        sealed = self.plane.places[source].tier.read([entry.key])[0]
-        if sealed is None:
-            return False
-        return self.plane.mover.wait(self.plane.write(place, [(entry, sealed)])).ok
+    def _bring(self, missing: Sequence[Entry], place: Place) -> Steps[int]:
+        """Sealed bytes, as they are, from the fastest tier that has them; what does not verify is not spread."""
+        moved, left = 0, list(missing)
+        for source in [each for each in self.plane.places.values() if each is not place]:
+            there = [entry for entry in left if source.name in entry.tiers]
+            for start in range(0, len(there), BATCH):
+                batch = there[start : start + BATCH]
+                read = self.plane.read(source, [entry.label for entry in batch], sealed=True)
+                yield read
+                pairs = [(entry, sealed) for entry, sealed in zip(batch, read.result) if sealed is not None]
+                if pairs:
+                    write = self.plane.write(place, pairs)
+                    yield write
+                    moved += sum(entry.size_bytes for entry, _ in pairs) if write.ok else 0
+            left = [entry for entry in left if place.name not in entry.tiers]
+        return moved
 
     def _give_up_above(self, obj: StateObject, place: Place) -> None:
         for name in list(self.plane.places)[: list(self.plane.places).index(place.name)]:

@@ -36,6 +36,7 @@ from nanovllm.state.payload import decode, default_kind, object_of, payload_of
 from nanovllm.state.plane import Plane
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
+from nanovllm.state.steps import Steps
 from nanovllm.state.storing import Pending, Storing
 
 SECOND_MS = 1_000
@@ -52,9 +53,9 @@ class Naming:
     def __post_init__(self) -> None:
         self.storing = Storing(self.plane, self.reclaim, lambda obj, reason: self.drop(obj, reason, wait=False))
 
-    def put(self, obj: Storable, metadata: Metadata) -> StateId:
-        """Keep an object under a new id, and wait. Raises as `begin_put`, and StateRefusedError."""
-        return self.storing.finish(self.begin_put(obj, metadata))
+    def put(self, obj: Storable, metadata: Metadata) -> Steps[StateId]:
+        """Keep an object under a new id. Raises as `begin_put`, and StateRefusedError."""
+        return (yield from self.storing.steps(self.begin_put(obj, metadata)))
 
     def begin_put(
         self, obj: Storable, metadata: Metadata, then: Callable[[Pending], None] = lambda pending: None
@@ -100,11 +101,11 @@ class Naming:
         pending = Pending("update", started, new, old=obj, then=then)
         return self.storing.begin(pending, payload_of(value))
 
-    def get(self, obj: StateObject) -> Storable:
+    def get(self, obj: StateObject) -> Steps[Storable]:
         """What was put. Raises StateNotFoundError where its bytes did not verify anywhere."""
         started = self.plane.clock.now_ns()
         entry = self.plane.catalog.entries.get(obj.payload_key)
-        data, tier = (None, "") if entry is None else self.plane.payload(entry)
+        data, tier = (None, "") if entry is None else (yield from self.plane.payload(entry))
         if data is None:
             self.plane.receipt("get", started, False, "its bytes are nowhere, or did not verify", obj=obj)
             raise StateNotFoundError(
@@ -128,7 +129,7 @@ class Naming:
         owners = sorted(self.plane.catalog.owners(known[-1])) if known else []
         return StateMatch(self.plane.settings.block_size, known, tuple(tiers), tuple(owners))
 
-    def blocks_of(self, obj: StateObject) -> list[KVBlock]:
+    def blocks_of(self, obj: StateObject) -> Steps[list[KVBlock]]:
         """The blocks of its tokens under the present model; the catalog learns the chain where the model changed.
 
         A hint has no tokens of its own: what it owns is held and dropped by digest, and not brought up.
@@ -136,22 +137,22 @@ class Naming:
         if obj.is_hint:
             return []
         entry = self.plane.catalog.entries.get(obj.payload_key)
-        data, _ = (None, "") if entry is None or not obj.num_tokens else self.plane.payload(entry)
+        data, _ = (None, "") if entry is None or not obj.num_tokens else (yield from self.plane.payload(entry))
         if data is None:
             return []
         tokens, size = decode(data).token_ids, self.plane.settings.block_size
         chain = self.plane.chain_of(tokens, obj.namespace)
-        if chain != obj.chain:
+        if chain != obj.chain and self.plane.catalog.objects.get(obj.state_id) is obj:
             fresh = msgspec.structs.replace(obj, chain=chain, root=self.plane.root_of(obj.namespace))
             self.plane.catalog.change(obj, fresh)
         parents = (None, *chain)
         cuts = [tuple(tokens[i : i + size]) for i in range(0, len(chain) * size, size)]
         return [KVBlock(*row, kv_namespace(obj.namespace)) for row in zip(chain, parents, cuts)]
 
-    def fork(self, obj: StateObject, metadata: Metadata) -> StateId:
+    def fork(self, obj: StateObject, metadata: Metadata) -> Steps[StateId]:
         """A new object that begins as this one and goes its own way; their KV is shared."""
         started = self.plane.clock.now_ns()
-        payload = payload_of(self.get(obj))
+        payload = payload_of((yield from self.get(obj)))
         new = msgspec.structs.replace(
             obj,
             state_id=str(new_state_id()),
@@ -163,7 +164,7 @@ class Naming:
             created_ms=self.plane.wall_ms(),
         )
         chain = obj.chain if obj.is_hint else None
-        return self.storing.finish(self.storing.begin(Pending("fork", started, new, chain=chain), payload))
+        return (yield from self.storing.steps(self.storing.begin(Pending("fork", started, new, chain=chain), payload)))
 
     def drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
         """Out of every tier: its text, and the blocks that only it owned. Without `wait`, on its way out."""

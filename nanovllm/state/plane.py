@@ -27,6 +27,7 @@ from nanovllm.state.place import Flight, Place
 from nanovllm.state.policies.policy import Policy
 from nanovllm.state.receipts import SHOWN_CANDIDATES, Candidate, History, Receipt
 from nanovllm.state.settings import StateSettings
+from nanovllm.state.steps import Steps
 from nanovllm.state.tiers.device import DeviceTier
 from nanovllm.state.tiers.tier import Item
 
@@ -147,13 +148,21 @@ class Plane:
         self.mover.start(place.write_lane, lambda: place.tier.write(items), deadline_ms=deadline, then=ended, late=late)
 
     def read(
-        self, place: Place, labels: Sequence[Label], then: Callable[[Transfer], None] = lambda transfer: None
+        self,
+        place: Place,
+        labels: Sequence[Label],
+        then: Callable[[Transfer], None] = lambda transfer: None,
+        *,
+        sealed: bool = False,
     ) -> Transfer:
-        """Begin to read; `result` becomes the verified payloads, None for every miss, whatever its cause."""
+        """Begin to read; `result` becomes the verified payloads, None for every miss, whatever its cause.
+
+        `sealed`: the envelopes as they lie there instead, verified all the same.
+        """
         keys = [label.key for label in labels]
 
         def job() -> list[bytes | str | None]:
-            return [opened(sealed, label) for sealed, label in zip(place.tier.read(keys), labels)]
+            return [opened(found, label, whole=sealed) for found, label in zip(place.tier.read(keys), labels)]
 
         def ended(transfer: Transfer) -> None:
             transfer.result = self._verified(place, labels, transfer)
@@ -163,13 +172,14 @@ class Plane:
             return self._refused(f"{place.name} is left alone: {place.reads.reason}", ended)
         return self.mover.start(place.read_lane, job, deadline_ms=self.settings.read_deadline_ms, then=ended)
 
-    def payload(self, entry: Entry) -> tuple[bytes | None, str]:
-        """Verified bytes from the fastest tier that has them, and which; waits. (None, "") where none has."""
+    def payload(self, entry: Entry) -> Steps[tuple[bytes | None, str]]:
+        """Verified bytes from the fastest tier that has them, and which. (None, "") where none has."""
         for place in list(self.places.values()):
             if place.name in entry.tiers:
-                found = self.mover.wait(self.read(place, [entry.label])).result[0]
-                if found is not None:
-                    return found, place.name
+                transfer = self.read(place, [entry.label])
+                yield transfer
+                if transfer.result[0] is not None:
+                    return transfer.result[0], place.name
         return None, ""
 
     def forget(self, keys: Sequence[bytes], *, scrub: bool, wait: bool = True) -> tuple[int, list[str]]:
@@ -344,11 +354,12 @@ def bare(label: Label) -> Label:
     return msgspec.structs.replace(label, record=b"")
 
 
-def opened(sealed: bytes | None, label: Label) -> bytes | str | None:
-    """The payload; the reason why these are not its bytes; None where there are none."""
+def opened(sealed: bytes | None, label: Label, *, whole: bool = False) -> bytes | str | None:
+    """The payload, or the whole envelope; the reason why these are not its bytes; None where there are none."""
     if sealed is None:
         return None
     try:
-        return unseal(sealed, label)
+        payload = unseal(sealed, label)
+        return sealed if whole else payload
     except BadEnvelope as error:
         return error.reason

@@ -8,16 +8,17 @@ a standing claim: blocks that are computed later are held from then on. Pins end
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.state.migration import Migration
+from nanovllm.state.migration import BATCH, Migration
 from nanovllm.state.objects import KVBlock, StateObject
 from nanovllm.state.plane import Plane
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import DEVICE
+from nanovllm.state.steps import Steps
 
 SECOND_NS = 1_000_000_000
 DEVICE_NAMES = ("device", "gpu", "cuda", "cpu")
@@ -33,6 +34,7 @@ class Pin:
     keys: tuple[bytes, ...]
     size_bytes: int
     lease: Any = None
+    renews: Pin | None = None  # stands until this one has what it claims
 
 
 @dataclass
@@ -41,30 +43,34 @@ class Residency:
 
     plane: Plane
     migration: Migration
+    blocks_of: Callable[[StateObject], Steps[list[KVBlock]]]
     pins: dict[tuple[str, str], Pin] = field(default_factory=dict)
 
-    def pin(self, obj: StateObject, device: str, ttl_s: float | None, blocks: Iterable[KVBlock]) -> Receipt:
-        """Claim; a second pin of an object in a tier renews the first. `blocks`: its chain, for loading."""
+    def pin(self, obj: StateObject, device: str, ttl_s: float | None) -> Steps[Receipt]:
+        """Claim, and bring up what is not there; a second pin of an object in a tier renews the first."""
         started = self.plane.clock.now_ns()
-        tier = DEVICE if device in DEVICE_NAMES else device
-        if tier != DEVICE and tier not in self.plane.places:
-            names = ", ".join([*DEVICE_NAMES, *self.plane.places])
-            raise InvalidRequestError(f"There is no tier {device!r:.60}.", param="device", hint=f"There are {names}.")
-        until = None if ttl_s is None else self.plane.clock.now_ns() + int(ttl_s * SECOND_NS)
+        tier = self._tier(device)
+        blocks = (yield from self.blocks_of(obj)) if tier == DEVICE else []
+        obj = self.plane.catalog.objects.get(obj.state_id, obj)  # with the chain of the present model
         size = self._size(obj, tier)
         refusal = self._refusal(obj, tier, size)
         if refusal:
             return self.plane.receipt("pin", started, False, refusal, obj=obj, tier=tier, size_bytes=size)
-        if tier != DEVICE:
-            moved = self.migration.migrate(obj, tier, pinned=True)
-            if not moved.ok:
-                return self.plane.receipt("pin", started, False, moved.reason, obj=obj, tier=tier, size_bytes=size)
-        self._release(obj.state_id, tier)
-        pin = Pin(obj.state_id, tier, until, tuple(self._keys(obj, tier)), size)
-        held = self._hold(pin, list(blocks))
-        self.pins[obj.state_id, tier] = pin
-        reason = held if until is None else f"{held}, for {ttl_s:g} s"
-        return self.plane.receipt("pin", started, True, reason, obj=obj, tier=tier, size_bytes=size)
+        key, until = (obj.state_id, tier), None if ttl_s is None else started + int(ttl_s * SECOND_NS)
+        pin = Pin(obj.state_id, tier, until, tuple(self._keys(obj, tier)), size, renews=self.pins.get(key))
+        self.pins[key] = pin
+        self._hold(pin)
+        refusal = yield from self._bring(obj, pin, blocks)
+        if self.pins.get(key) is not pin:
+            refusal = "it was given back meanwhile"
+        elif refusal:
+            self._undo(pin)
+        elif pin.renews is not None:
+            self._give_back(pin.renews)
+            pin.renews = None
+        term = "" if ttl_s is None else f", for {ttl_s:g} s"
+        reason = refusal or self._held(pin) + term
+        return self.plane.receipt("pin", started, not refusal, reason, obj=obj, tier=tier, size_bytes=size)
 
     def unpin(self, obj: StateObject, device: str | None) -> Receipt:
         """Give claims back: those on one tier, or all."""
@@ -102,6 +108,13 @@ class Residency:
         """The object's claims."""
         return [pin for pin in self.pins.values() if pin.state_id == state_id]
 
+    def _tier(self, device: str) -> str:
+        tier = DEVICE if device in DEVICE_NAMES else device
+        if tier != DEVICE and tier not in self.plane.places:
+            names = ", ".join([*DEVICE_NAMES, *self.plane.places])
+            raise InvalidRequestError(f"There is no tier {device!r:.60}.", param="device", hint=f"There are {names}.")
+        return tier
+
     def _keys(self, obj: StateObject, tier: str) -> list[bytes]:
         return list(obj.chain) if tier == DEVICE else self.plane.catalog.keys_of(obj)
 
@@ -113,6 +126,8 @@ class Residency:
 
     def _refusal(self, obj: StateObject, tier: str, size: int) -> str:
         """Why not; empty where the pin can be had."""
+        if obj.state_id not in self.plane.catalog.objects:
+            return "it was dropped meanwhile"
         if tier == DEVICE:
             if self.plane.device is None:
                 return "there is no device here: only an engine has one"
@@ -129,27 +144,40 @@ class Residency:
             return f"{size:,} bytes beside {others:,} pinned ones are more than the {room:,} that pins may hold"
         return ""
 
-    def _hold(self, pin: Pin, blocks: list[KVBlock]) -> str:
+    def _hold(self, pin: Pin) -> None:
+        """What is there stays; what comes, too: a hold on a key in a tier outlasts its bytes."""
+        if pin.tier == DEVICE:
+            self._hold_on_device(pin)
+            return
+        for key in pin.keys:
+            self.plane.places[pin.tier].victims.hold(key)
+
+    def _bring(self, obj: StateObject, pin: Pin, blocks: list[KVBlock]) -> Steps[str]:
+        """Up, or down, to the tier of the pin; why it did not come, where that refuses the pin."""
+        if pin.tier != DEVICE:
+            moved = yield from self.migration.migrate(obj, pin.tier, pinned=True)
+            return "" if moved.ok else moved.reason
+        device = self.plane.device
+        missing = [block for block in blocks if device is not None and not device.holds(block.digest)]
+        for start in range(0, len(missing), BATCH):
+            load = yield from self.migration.fetch(missing[start : start + BATCH])
+            payloads = [payload for payload in load.payloads[: load.num_blocks] if payload is not None]
+            if device is None or self.pins.get((pin.state_id, pin.tier)) is not pin:
+                break
+            device.load(load.blocks[: load.num_blocks], payloads)
+            self._hold_on_device(pin)
+            if load.num_blocks < len(load.blocks):
+                break
+        return ""
+
+    def _held(self, pin: Pin) -> str:
         device = self.plane.device
         if pin.tier != DEVICE or device is None:
-            for key in pin.keys:
-                self.plane.places[pin.tier].victims.hold(key)
-            return f"{len(pin.keys)} pieces held in {pin.tier}"
-        self._load_missing(blocks)
-        self._hold_on_device(pin)
+            victims = self.plane.places[pin.tier].victims
+            return f"{sum(key in victims for key in pin.keys)} pieces held in {pin.tier}"
         here = sum(device.holds(key) for key in pin.keys)
         rest = "" if here == len(pin.keys) else f"; the other {len(pin.keys) - here} when they are computed"
         return f"{here} of {len(pin.keys)} blocks held on the device{rest}"
-
-    def _load_missing(self, blocks: list[KVBlock]) -> None:
-        device = self.plane.device
-        if device is None:
-            return
-        missing = [block for block in blocks if not device.holds(block.digest)]
-        load = self.migration.wait(self.migration.load(missing))
-        if load.num_blocks:
-            payloads = [payload for payload in load.payloads[: load.num_blocks] if payload is not None]
-            device.load(missing[: load.num_blocks], payloads)
 
     def _hold_on_device(self, pin: Pin) -> None:
         """A new lease on all that is there before the old one goes, so that nothing slips away between."""
@@ -162,10 +190,21 @@ class Residency:
 
     def _release(self, state_id: str, tier: str) -> None:
         pin = self.pins.pop((state_id, tier), None)
-        if pin is None:
-            return
+        while pin is not None:
+            self._give_back(pin)
+            pin = pin.renews
+
+    def _undo(self, pin: Pin) -> None:
+        """The pin was refused: the one it was to renew stands."""
+        self._give_back(pin)
+        if pin.renews is None:
+            del self.pins[pin.state_id, pin.tier]
+        else:
+            self.pins[pin.state_id, pin.tier] = pin.renews
+
+    def _give_back(self, pin: Pin) -> None:
         if pin.tier != DEVICE:
             for key in pin.keys:
-                self.plane.places[tier].victims.release(key)
+                self.plane.places[pin.tier].victims.release(key)
         elif pin.lease is not None and self.plane.device is not None:
             self.plane.device.release(pin.lease)

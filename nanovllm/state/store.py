@@ -15,14 +15,13 @@ too; a namespace of None is the operator, who sees everything by id.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanovllm.core.clock import Clock, MonotonicClock
 from nanovllm.core.digest import Digest, root_digest
-from nanovllm.errors import StateNotFoundError
 from nanovllm.state.audit import Audit
 from nanovllm.state.bundle import Bundles
 from nanovllm.state.catalog import Entry
@@ -39,7 +38,6 @@ from nanovllm.state.objects import (
     StateMatch,
     StateObject,
     Storable,
-    check_ttl,
     kv_namespace,
 )
 from nanovllm.state.place import Place
@@ -52,14 +50,16 @@ from nanovllm.state.reclaim import Reclaim
 from nanovllm.state.residency import Residency
 from nanovllm.state.restore import restore
 from nanovllm.state.settings import StateSettings
+from nanovllm.state.steps import Steps, Then, begin, finish
 from nanovllm.state.storing import Pending
 from nanovllm.state.tiers.device import DeviceTier
 from nanovllm.state.tiers.disk import DiskTier
 from nanovllm.state.tiers.host import HostTier
 from nanovllm.state.tiers.tier import Tier
+from nanovllm.state.verbs import LATER, Given, Verbs
 
-Given = Metadata | Mapping[str, Any] | None
 CostOf = Callable[[int, int], float]
+T = TypeVar("T")
 HOST_BYTES, DISK_BYTES = 256 << 20, 4 << 30
 SWEEP_MS = 1_000
 
@@ -103,10 +103,11 @@ class StateStore:
         self._migration = Migration(self.plane, self._reclaim)
         self._naming = Naming(self.plane, self._reclaim)
         self._hints = Hints(self.plane, self._naming)
-        self._residency = Residency(self.plane, self._migration)
+        self._residency = Residency(self.plane, self._migration, self._naming.blocks_of)
         self._naming.let_go = self._residency.release_all
         self._bundles = Bundles(self.plane, self._naming, self._migration)
         self._audit = Audit(self.plane, self._residency)
+        self._verbs = Verbs(self.plane, self._naming, self._residency, self._migration, self._bundles, self._audit)
         self._swept_ms = 0
         found = restore(self.plane)
         self.warnings = [*(w for tier in tiers for w in getattr(tier, "warnings", ())), *found]
@@ -137,14 +138,14 @@ class StateStore:
         Acknowledged as durable means: on the disk. Raises TypeError on anything else, InvalidRequestError,
         StateConflictError (the name is taken), StateRefusedError (no room; it has the receipt).
         """
-        return self._naming.put(obj, Metadata.of(metadata))
+        return self._wait(self._naming.put(obj, Metadata.of(metadata)))
 
     def update(
         self, state_id: str, obj: Storable, *, generation: int | None = None, namespace: str | None = None
     ) -> Receipt:
         """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`."""
-        pending = self._naming.begin_update(self._own(state_id, namespace), obj, generation)
-        receipt = self._naming.storing.finish(pending).receipt
+        pending = self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation)
+        receipt = self._wait(self._naming.storing.steps(pending)).receipt
         assert receipt is not None
         return receipt
 
@@ -167,11 +168,11 @@ class StateStore:
         then: Callable[[Pending], None] = lambda pending: None,
     ) -> Pending:
         """Engine: as `update`, without waiting."""
-        return self._naming.begin_update(self._own(state_id, namespace), obj, generation, then)
+        return self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation, then)
 
     def get(self, state_id: str, namespace: str | None = None) -> Storable:
         """What was put, verified. Takes an id, `name` or `name@version`. Raises StateNotFoundError."""
-        return self._naming.get(self.find(state_id, namespace))
+        return self._wait(self._verbs.get(state_id, namespace))
 
     def match(self, tokens: Sequence[int], namespace: str = DEFAULT_NAMESPACE) -> StateMatch:
         """How much KV of this prompt lies where. Changes nothing, touches no disk; a forecast until it is read."""
@@ -179,9 +180,7 @@ class StateStore:
 
     def fork(self, state_id: str, metadata: Given = None, namespace: str | None = None) -> StateId:
         """A second object that begins as the first; it shares its KV and goes its own way."""
-        obj = self.find(state_id, namespace)
-        given = Metadata.of({"namespace": obj.namespace} if metadata is None else metadata)
-        return self._naming.fork(obj, given)
+        return self._wait(self._verbs.fork(state_id, metadata, namespace))
 
     def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked", *, wait: bool = True) -> Receipt:
         """Out of every tier: the text, and the KV that only this object owned.
@@ -189,15 +188,23 @@ class StateStore:
         Engine: without `wait` nothing can be found any more, and the bytes are on their way out; what a tier
         fails to remove is tried again by `tick`.
         """
-        return self._naming.drop(self._own(state_id, namespace), reason, wait=wait)
+        return self._naming.drop(self._verbs.own(state_id, namespace), reason, wait=wait)
 
     def export(self, state_id: str, namespace: str | None = None) -> bytes:
         """The object and its KV as one verified bundle."""
-        return self._bundles.export(self.find(state_id, namespace))
+        return self._wait(self._verbs.export(state_id, namespace))
 
     def import_(self, bundle: bytes, metadata: Given = None) -> StateId:
         """Take a bundle in under a new id. Raises StateBundleError; then nothing changed."""
-        return self._bundles.import_(bundle, Metadata.of(metadata))
+        return self._wait(self._verbs.import_(bundle, metadata))
+
+    def later(self, verb: str, then: Then[Any], **arguments: Any) -> None:
+        """Engine: as the verb of that name (`verbs.LATER`), without waiting: `poll` takes it from transfer to transfer.
+
+        `then` is told its result, or what it raised. Raises what is wrong with the arguments.
+        """
+        assert verb in LATER, verb
+        begin(getattr(self._verbs, verb)(**arguments), then)
 
     # residency
 
@@ -209,21 +216,17 @@ class StateStore:
         Refused where all pins together would take more than their share, where there is no such tier
         here, or where its bytes are nowhere. On the device, blocks computed later are held from then on.
         """
-        obj = self._own(state_id, namespace)
-        if ttl is not None:
-            check_ttl(ttl)
-        blocks = self._naming.blocks_of(obj)
-        return self._residency.pin(self.plane.catalog.objects[obj.state_id], device, ttl, blocks)
+        return self._wait(self._verbs.pin(state_id, device, ttl, namespace))
 
     def unpin(self, state_id: str, device: str | None = None, namespace: str | None = None) -> Receipt:
         """Give the claim back, in one tier or in all. Not ok where it was not pinned."""
-        return self._residency.unpin(self._own(state_id, namespace), device)
+        return self._residency.unpin(self._verbs.own(state_id, namespace), device)
 
     # migration
 
     def migrate(self, state_id: str, tier: str, namespace: str | None = None) -> Receipt:
         """Bring its bytes to `tier` and give up copies above it. A text's last durable copy stays where it is."""
-        return self._migration.migrate(self._own(state_id, namespace), tier)
+        return self._wait(self._verbs.migrate(state_id, tier, namespace))
 
     def spill(self, blocks: Sequence[tuple[KVBlock, bytes]], tier: str | None = None) -> Transfer | None:
         """Engine: begin to write computed blocks; None where nothing was begun."""
@@ -256,11 +259,11 @@ class StateStore:
 
     def verify(self, tier: str | None = None, *, repair: bool = False) -> Receipt:
         """Read and check everything. Not ok where something is damaged; with `repair` that is set aside."""
-        return self._audit.verify(tier, repair)
+        return self._wait(self._verbs.verify(tier, repair=repair))
 
     def explain(self, state_id: str, namespace: str | None = None) -> Explanation:
         """What is known of an object and every decision that concerned it."""
-        return self._audit.explain(self._own(state_id, namespace))
+        return self._audit.explain(self._verbs.own(state_id, namespace))
 
     def ls(
         self,
@@ -293,11 +296,7 @@ class StateStore:
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
         """The object of an id or name, if the caller may see it and it has not expired."""
-        obj = self.plane.catalog.find(state_id, namespace, kind)
-        if obj.expires_ms is not None and self.plane.wall_ms() >= obj.expires_ms:
-            self._naming.drop(obj, "expired", wait=False)
-            raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
-        return obj
+        return self._verbs.find(state_id, namespace, kind)
 
     # time
 
@@ -348,13 +347,8 @@ class StateStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _own(self, state_id: str, namespace: str | None = None) -> StateObject:
-        """As `find`, for verbs that change an object or tell of its history: a public document is read by all
-        and changed by its owner."""
-        obj = self.find(state_id, namespace)
-        if namespace not in (None, obj.namespace):
-            raise StateNotFoundError(f"There is no state {state_id!r:.80} of yours.", param="state_id")
-        return obj
+    def _wait(self, steps: Steps[T]) -> T:
+        return finish(self.plane.mover, steps)
 
     def _demote(self, place: Place, entry: Entry) -> str | None:
         return self._migration.demote(place, entry)

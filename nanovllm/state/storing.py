@@ -27,6 +27,7 @@ from nanovllm.state.place import Place
 from nanovllm.state.plane import Plane, bare
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
+from nanovllm.state.steps import Steps
 
 
 @dataclass(eq=False)
@@ -92,10 +93,10 @@ class Storing:
         )
         return pending
 
-    def finish(self, pending: Pending) -> StateId:
-        """Wait for it. Raises as `result`."""
+    def steps(self, pending: Pending) -> Steps[StateId]:
+        """To its end. Raises as `result`."""
         if pending.transfer is not None:
-            self.plane.mover.wait(pending.transfer)
+            yield pending.transfer
         return pending.result()
 
     def _written(self, pending: Pending, home: Place, entry: Entry, sealed: bytes, transfer: Transfer) -> None:

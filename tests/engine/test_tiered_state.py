@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from nanovllm.engine.integrity import check_blocks
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.step_costs import StepCosts
+from nanovllm.errors import StateNotFoundError
 from nanovllm.state.receipts import Receipt
 from tests.engine.helpers import answer, greedy
 from tests.engine.state_bench import SIZE, StateBench
@@ -280,6 +281,43 @@ def test_a_pin_before_the_tokens_were_computed_holds_them_from_then_on() -> None
     assert len(lease.block_ids) == 2 and lease.block_ids == sorted(bench.manager.used_block_ids)
 
 
+@pytest.mark.parametrize("verb", ["pin", "export", "verify"])
+def test_a_verb_that_reads_a_slow_tier_holds_up_no_step(verb: str) -> None:
+    bench = warm()
+    state_id = bench.store.put(PROMPT[:16])
+    told: list[Any] = []
+    bench.lane.is_open = False
+    arguments = {} if verb == "verify" else {"state_id": state_id}
+    bench.store.later(verb, lambda result, error: told.append(result), **arguments)
+    for _ in range(3):
+        bench.engine.add_request(OTHER, greedy(1))
+        assert bench.bench.step()[0].final is not None and not told and not bench.state.is_settled()
+    bench.lane.is_open = True
+    for _ in range(4):
+        bench.lane.run()
+        bench.bench.step()
+    (result,) = told
+    if verb == "export":
+        assert bench.store.explain(state_id).receipts[-1].reason == "its text and 4 of 4 blocks"
+    else:
+        assert result.ok and ("4 of 4 blocks held" in result.reason or verb == "verify")
+
+
+@pytest.mark.parametrize("ending", ["unpin", "drop"])
+def test_a_pin_that_is_given_back_while_it_loads_holds_nothing(ending: str) -> None:
+    bench = warm()
+    state_id = bench.store.put(PROMPT[:16])
+    told: list[Any] = []
+    bench.lane.is_open = False
+    bench.store.later("pin", lambda result, error: told.append(result), state_id=state_id)
+    assert getattr(bench.store, ending)(state_id).ok
+    bench.lane.run()
+    bench.store.poll()
+    (receipt,) = told
+    assert not receipt.ok and "given back" in receipt.reason and not bench.manager.leases
+    check_blocks(bench.manager, [])
+
+
 def test_pins_beyond_their_share_are_refused_with_a_receipt() -> None:
     bench = warm()
     receipt = bench.store.pin(bench.store.put([*PROMPT, *PROMPT[:10]]))
@@ -329,7 +367,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.b = StateBench(kv_tiers=("host", "cellar"), num_blocks=14, max_num_batched_tokens=16)
         self.live: dict[str, list[int]] = {}
         self.pins: list[str] = []
-        self.count = 0
+        self.count = self.asked = 0
 
     @rule(start=st.integers(0, 1), length=st.integers(1, 30), tokens=st.integers(1, 9), session=SESSIONS)
     def request(self, start: int, length: int, tokens: int, session: str) -> None:
@@ -373,20 +411,33 @@ class TieredMachine(RuleBasedStateMachine):
     def evict(self, tier: str, size: int) -> None:
         self.b.store.evict(tier=tier, bytes=size)
 
-    @precondition(lambda self: len(self.pins) < 3 and not self.b.lane._jobs and self.b.lane.is_open)
-    @rule(length=st.integers(4, 9))
-    def pin(self, length: int) -> None:
+    @precondition(lambda self: len(self.pins) < 3)
+    @rule(length=st.integers(4, 9), device=st.sampled_from(["gpu", "gpu", "host", "cellar"]))
+    def pin(self, length: int, device: str) -> None:
         self.pins.append(self.b.store.put(PROMPT[:length]))
-        self.b.store.pin(self.pins[-1], ttl=1.0)
+        self.ask("pin", state_id=self.pins[-1], device=device, ttl=1.0)
+
+    @precondition(lambda self: self.pins)
+    @rule(verb=st.sampled_from(["get", "export", "pin", "fork", "verify"]))
+    def read(self, verb: str) -> None:
+        self.ask(verb, **({} if verb == "verify" else {"state_id": self.pins[0]}))
+
+    def ask(self, verb: str, **arguments: Any) -> None:
+        self.asked += 1
+        self.b.store.later(verb, self.told, **arguments)
+
+    def told(self, result: Any, error: Exception | None) -> None:
+        self.asked -= 1
+        assert error is None or isinstance(error, StateNotFoundError), error
 
     @precondition(lambda self: self.pins)
     @rule(drops=st.booleans())
     def let_go(self, drops: bool) -> None:
         state_id = self.pins.pop()
-        if not drops:
-            self.b.store.unpin(state_id)
-        elif self.b.lane.is_open and not self.b.lane._jobs:
+        if drops:
             self.b.store.drop(state_id)
+        else:
+            self.b.store.unpin(state_id)
 
     @rule()
     def forget_device(self) -> None:
@@ -407,7 +458,10 @@ class TieredMachine(RuleBasedStateMachine):
             if not self.live:
                 break
             self.step(1)
-        assert not self.live
+        assert not self.live and self.asked == 0
+        for obj in self.b.store.ls():
+            self.b.store.drop(obj.state_id)
+        assert not self.b.manager.leases and not self.b.store._residency.pins
 
 
 TestTieredMachine = TieredMachine.TestCase

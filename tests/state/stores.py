@@ -11,6 +11,7 @@ from nanovllm.core.clock import VirtualClock
 from nanovllm.state.envelope import Label
 from nanovllm.state.objects import DEFAULT_NAMESPACE, KVBlock
 from nanovllm.state.settings import StateSettings
+from nanovllm.state.steps import finish
 from nanovllm.state.store import StateStore
 from nanovllm.state.tiers.disk import DiskTier
 from nanovllm.state.tiers.folder import Folder
@@ -73,7 +74,7 @@ def spill(store: StateStore, blocks: Sequence[KVBlock], tier: str | None = None)
 
 def loaded(store: StateStore, blocks: Sequence[KVBlock]) -> int:
     """How many blocks come back; each that does must be right."""
-    load = store._migration.wait(store.load(blocks))
+    load = finish(store.plane.mover, store._migration.fetch(blocks))
     for block, payload in zip(blocks, load.payloads):
         assert payload is None or payload == kv_bytes(block.digest, BLOCK_BYTES), "wrong bytes were read"
     return load.num_blocks

@@ -13,6 +13,7 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.core.sampling_params import SamplingParams
@@ -49,6 +50,7 @@ from nanovllm.errors import ExecutionError, InvalidRequestError, NanoVLLMError, 
 logger = logging.getLogger("nanovllm")
 
 HEARTBEAT_S = 1.0
+TIERS_S = 0.1  # between two looks at the tiers: steps are many
 MAX_BAD_STEPS = 3
 
 
@@ -76,7 +78,8 @@ class EngineLoop:
         self._prefill_rate = PrefillRate()
         self._bad_turns = 0
         self._is_unhealthy = False
-        self._last_beat_s = 0.0
+        self._last_beat_s = self._tiers_s = 0.0
+        self._tiers: dict[str, dict[str, Any]] = {}
         self._num_blocks = engine.scheduler.kv.num_free_blocks  # nothing is leased yet
 
     def run(self) -> None:
@@ -270,6 +273,12 @@ class EngineLoop:
             block_bytes=0 if tier is None else tier.block_bytes,
         )
 
+    def _tier_facts(self) -> dict[str, dict[str, Any]]:
+        state, now_s = self.engine.parts.state, time.monotonic()
+        if state is not None and now_s - self._tiers_s >= TIERS_S:
+            self._tiers, self._tiers_s = state.store.top()["tiers"], now_s
+        return self._tiers
+
     def stats(self) -> EngineStats:
         """The engine in numbers, as of now."""
         scheduler, marks = self.engine.scheduler, self.engine.marks
@@ -292,4 +301,5 @@ class EngineLoop:
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             events_dropped=self.engine.events.dropped,
             state={} if self.engine.parts.state is None else self.engine.parts.state.facts(),
+            tiers=self._tier_facts(),
         )

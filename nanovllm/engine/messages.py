@@ -102,6 +102,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     prefill_tokens_per_s: float = 0.0  # see `PrefillRate`
     events_dropped: int = 0
     state: dict[str, int] = msgspec.field(default_factory=dict)  # `TieredState.facts`
+    tiers: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)  # `Place.facts`, a tenth of a second old
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -194,6 +195,7 @@ class StateView(msgspec.Struct, tag=True, frozen=True):
     """What the engine holds at `ts_ns` of its clock, and the newest events since the view before, as records.
 
     `cached_ids`: free blocks that can still be found; `held_ids`: blocks with a claim beside the block tables.
+    `receipts`: the newest of the state plane since the view before.
     """
 
     ts_ns: int
@@ -204,6 +206,7 @@ class StateView(msgspec.Struct, tag=True, frozen=True):
     held_ids: list[int]
     events: list[dict[str, Any]]
     events_lost: int = 0
+    receipts: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

@@ -23,7 +23,9 @@ from nanovllm.observe.records import to_record
 MAX_EVENTS = 200  # of one view, the newest
 RECENT_EVENTS = 4096  # how far back the first view looks for them
 MAX_REQUESTS = 512
+MAX_RECEIPTS = 20  # of one view, the newest
 MAX_WAITS = 8  # of one request, the newest
+SHOWN_OF_A_RECEIPT = ("seq", "action", "ok", "reason", "state_id", "tier", "size_bytes", "ms", "ts_ms")
 _TOO_MANY = ("decode_step",)  # one a token: the picture shows their sum
 
 
@@ -36,6 +38,7 @@ class StateWatch:
         self._said_s = 0.0
         self._reader: EventReader | None = None
         self._seen = -1  # how many events there were at the last view
+        self._receipt = 0  # the number of the newest receipt that was told
 
     @property
     def is_on(self) -> bool:
@@ -45,7 +48,7 @@ class StateWatch:
     def set(self, period_s: float) -> None:
         """A view every so often from now on, beginning with the recent past; 0 for none."""
         bus = self._engine.events
-        self._period_s, self._seen = period_s, -1
+        self._period_s, self._seen, self._receipt = period_s, -1, 0
         self._reader = EventReader(bus, max(bus.oldest, bus.emitted - RECENT_EVENTS)) if period_s else None
 
     def due_in_s(self, idle_s: float) -> float:
@@ -76,6 +79,7 @@ class StateWatch:
             held_ids=[] if manager is None else sorted({i for lease in manager.leases for i in lease.block_ids}),
             events=events,
             events_lost=lost,
+            receipts=self._receipts(),
         )
 
     def _news(self) -> tuple[list[dict[str, Any]], int]:
@@ -86,6 +90,20 @@ class StateWatch:
         events = [event for event in self._reader.poll() if _is_shown(event)]
         lost = self._reader.dropped - dropped + max(0, len(events) - MAX_EVENTS)
         return [to_record(event) for event in events[-MAX_EVENTS:]], lost
+
+
+    def _receipts(self) -> list[dict[str, Any]]:
+        """The newest receipts of the state plane since the last view, oldest first, without their candidates."""
+        if self._engine.parts.state is None:
+            return []
+        new: list[dict[str, Any]] = []
+        for receipt in reversed(self._engine.parts.state.store.plane.history.recent):
+            if receipt.seq <= self._receipt or len(new) >= MAX_RECEIPTS:
+                break
+            new.append({name: getattr(receipt, name) for name in SHOWN_OF_A_RECEIPT})
+        if new:
+            self._receipt = new[0]["seq"]
+        return new[::-1]
 
 
 def _is_shown(event: Event) -> bool:

@@ -9,12 +9,11 @@ tenant or path ever is one.
 
 Names, types, labels and buckets are vLLM's, so `--metrics-prefix vllm` serves a dashboard
 made for vLLM. `cached_tokens_total` and `num_aborted_requests_total` are SGLang's names;
-`loop_lag_seconds`, `event_bus_dropped_total`, `http_requests_total` and the state counter
-(`live_requests`, `prefilling_requests`, `kv_blocks`, `kv_table_entries`, `kv_bytes`, `state_*`) are ours. Where we
-differ: histograms of a request are observed at its end, and from its first sample; token
+`loop_lag_seconds`, `event_bus_dropped_total`, `http_requests_total`, the tiers' (`tier_metrics.py`) and
+the state counter (`live_requests`, `prefilling_requests`, `kv_blocks`, `kv_table_entries`, `kv_bytes`,
+`state_*`) are ours. Where we differ: histograms of a request are observed at its end, and from its first sample; token
 histograms have the same buckets whatever the model's context, so servers can be added up.
-Not exported, for nothing measures it yet: how long blocks live (`kv_block_*`), and bytes and
-failures of each tier (`tier_breaker_state`).
+Not exported, for nothing measures it yet: how long blocks live (`kv_block_*`).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from prometheus_client.registry import Collector
 
 from nanovllm.observe.instruments import Histogram, Monotone
 from nanovllm.observe.metric_names import COUNTERS, HISTOGRAMS, LOADS, READ_FROM_ENGINE, REASONS, REJECTIONS, SPILLS
+from nanovllm.observe.tier_metrics import TierFacts, TierMetrics, Values
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -54,6 +54,7 @@ class Reading:
     decode_tokens: int = 0
     events_dropped: int = 0
     state: Mapping[str, int] = field(default_factory=dict)  # `TieredState.facts`
+    tiers: TierFacts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class EngineMetrics(Collector):
         self._totals = dict.fromkeys(COUNTERS, 0)
         self._cached = Counter({"device": 0})
         self._state_counts = {name: Monotone() for name in (*LOADS, *SPILLS)}
+        self._tiers = TierMetrics()
         self._sources = {name: Monotone() for name in (*READ_FROM_ENGINE, "steps", "decode_tokens")}
         self._observed_steps = self._observed_tokens = 0
         self._outcomes = Counter(dict.fromkeys(REASONS, 0))
@@ -144,6 +146,9 @@ class EngineMetrics(Collector):
         reading = self._read()
         self._take(reading)
         yield from self._gauges(reading)
+        for row in self._tiers.rows(reading.tiers):
+            make = self._counter if row.is_counter else self._gauges_of
+            yield make(row.name, row.text, row.values, *row.labels)
         for name, text in COUNTERS.items():
             yield self._counter(name, text, {(): self._totals[name]})
         yield from self._labelled_counters()
@@ -166,17 +171,18 @@ class EngineMetrics(Collector):
         yield self._gauge("live_requests", "Requests that hold KV blocks.", reading.live_requests)
         yield self._gauge("prefilling_requests", "Of them, those still in prefill.", reading.prefilling_requests)
         yield self._gauge("kv_table_entries", "Block table entries of live requests.", reading.table_entries)
-        yield self._gauges_of("kv_blocks", "KV blocks by state.", blocks, "state")
+        by_state: Values = {(state,): count for state, count in blocks.items()}
+        yield self._gauges_of("kv_blocks", "KV blocks by state.", by_state, "state")
         kinds = dict(zip(("kv_held", "kv_cached", "free"), blocks.values(), strict=True))
-        sizes = {kind: count * reading.block_bytes for kind, count in kinds.items()}
+        sizes: Values = {(kind,): count * reading.block_bytes for kind, count in kinds.items()}
         yield self._gauges_of("kv_bytes", "The KV pool's bytes by kind.", sizes, "kind")
 
     def _labelled_counters(self) -> Iterator[Metric]:
         counts = {**dict.fromkeys(REJECTIONS, 0), **self._rejections()}
-        rejected: dict[tuple[str, ...], int] = {(code,): count for code, count in counts.items()}
-        outcomes: dict[tuple[str, ...], int] = {(reason,): count for reason, count in self._outcomes.items()}
-        answers: dict[tuple[str, ...], int] = {(str(status),): count for status, count in self._answers.items()}
-        cached: dict[tuple[str, ...], int] = {(tier,): tokens for tier, tokens in self._cached.items()}
+        rejected: Values = {(code,): count for code, count in counts.items()}
+        outcomes: Values = {(reason,): count for reason, count in self._outcomes.items()}
+        answers: Values = {(str(status),): count for status, count in self._answers.items()}
+        cached: Values = {(tier,): tokens for tier, tokens in self._cached.items()}
         yield self._counter("request_success", "Requests that are over.", outcomes, "finished_reason")
         yield self._counter("admission_rejections", "Requests refused for lack of room.", rejected, "reason")
         yield self._counter("cached_tokens", "Prompt tokens found, by where they lay.", cached, "cache_source")
@@ -185,7 +191,7 @@ class EngineMetrics(Collector):
             ("state_loads", "Loads of KV from lower tiers.", LOADS),
             ("state_blocks", "KV blocks on their way to lower tiers.", SPILLS),
         ):
-            moved: dict[tuple[str, ...], int] = {(as_,): self._state_counts[fact].total for fact, as_ in facts.items()}
+            moved: Values = {(as_,): self._state_counts[fact].total for fact, as_ in facts.items()}
             yield self._counter(name, text, moved, "outcome")
 
     def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> Metric:
@@ -194,13 +200,13 @@ class EngineMetrics(Collector):
         family.add_metric(list(labels.values()), value)
         return family
 
-    def _gauges_of(self, name: str, text: str, values: Mapping[str, int], label: str) -> Metric:
-        family = GaugeMetricFamily(self._prefix + name, text, labels=[*self._labels, label])
+    def _gauges_of(self, name: str, text: str, values: Values, *labels: str) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, text, labels=[*self._labels, *labels])
         for own, value in values.items():
-            family.add_metric([*self._labels.values(), own], value)
+            family.add_metric([*self._labels.values(), *own], value)
         return family
 
-    def _counter(self, name: str, text: str, values: Mapping[tuple[str, ...], int], *labels: str) -> Metric:
+    def _counter(self, name: str, text: str, values: Values, *labels: str) -> Metric:
         family = CounterMetricFamily(self._prefix + name, text, labels=[*self._labels, *labels])
         for own, value in values.items():
             family.add_metric([*self._labels.values(), *own], value)

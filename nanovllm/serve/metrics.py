@@ -98,6 +98,7 @@ def _reading(stats: EngineStats, block_bytes: int = 0) -> Reading:
         decode_tokens=stats.decode_tokens,
         events_dropped=stats.events_dropped,
         state=stats.state,
+        tiers=stats.tiers,
     )
 
 

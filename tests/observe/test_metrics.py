@@ -64,6 +64,13 @@ OTHERS = {
     "http_requests_total": ("counter", {"status"}),
     "state_loads_total": ("counter", {"outcome"}),
     "state_blocks_total": ("counter", {"outcome"}),
+    "state_tier_held_bytes": ("gauge", {"tier", "kind"}),
+    "state_tier_quota_bytes": ("gauge", {"tier"}),
+    "state_tier_reads_total": ("counter", {"tier", "kind", "outcome"}),
+    "state_tier_bytes_total": ("counter", {"tier", "kind", "direction"}),
+    "state_tier_evictions_total": ("counter", {"tier", "kind", "outcome"}),
+    "state_tier_failures_total": ("counter", {"tier", "kind"}),
+    "tier_breaker_state": ("gauge", {"tier", "direction"}),
 }
 BUCKETS = {  # vLLM's
     "time_to_first_token_seconds": "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0"
@@ -266,7 +273,7 @@ def test_loop_lag_is_measured_until_cancelled() -> None:
 def test_the_pages_name_what_is_exported(page: str) -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    named = {name for row in rows for name in re.findall(r"`(\w+)(?:\{\w+\})?`", row)}
+    named = {name for row in rows for name in re.findall(r"`(\w+)(?:\{[\w,]+\})?`", row)}
     assert named == set(VLLM | OTHERS) and SEMCONV_VERSION in text
 
 

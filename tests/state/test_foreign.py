@@ -117,11 +117,11 @@ def test_a_forged_bundle_is_refused_or_taken_and_never_breaks_anything(tmp_path:
     forgeries = []
     for record in ({"kind": "kv"}, {"kind": "knowledge"}, {"kind": "dream"}, {"namespace": "b"}, {"ttl_ms": -1}):
         plane.catalog.objects[state_id] = forged = structs.replace(obj, **record)
-        forgeries.append(bundles.export(forged))
+        forgeries.append(store._wait(bundles.export(forged)))
     plane.catalog.objects[state_id] = obj
     real = plane.seal_block
     plane.seal_block = lambda label, payload: real(label, payload[:-1])  # type: ignore[method-assign]
-    short = bundles.export(obj)
+    short = store._wait(bundles.export(obj))
     plane.seal_block = real  # type: ignore[method-assign]
     other = World(tmp_path / "b").open(device=FakeDevice())
     for forgery in (*forgeries, short):

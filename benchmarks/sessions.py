@@ -169,10 +169,17 @@ def one_turn(
     number = len(talk.messages) // 2 + 1
     first_ms = warm_up(server)
     killed = talk.say(server, text)
-    is_long = killed.prompt_tokens >= args.long
-    cold_ms = talk.ask_cold(server, f"cold {number}").ttft_ms if is_long else None
+    cold_ms = cold_ttft_ms(server, talk, number) if killed.prompt_tokens >= args.long else None
     kv_bytes = killed.prompt_tokens // 16 * server.block_bytes()
     return Row(number, pages, killed, alive, cold_ms, server.start_s, first_ms, kv_bytes)
+
+
+def cold_ttft_ms(server: KillableServer, talk: Conversation, number: int) -> float:
+    """A whole prefill of the last turn's prompt, on the same server; a prefill that found anything is none."""
+    cold = talk.ask_cold(server, f"cold {number}")
+    if cold.cached_tokens:
+        raise SystemExit(f"turn {number}: the cold prefill found {cold.cached_tokens} tokens")
+    return cold.ttft_ms
 
 
 def warm_up(server: KillableServer) -> float:

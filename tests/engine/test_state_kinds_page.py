@@ -46,6 +46,26 @@ def test_every_example_of_the_lecture_has_a_place(page: str) -> None:
     assert set(EXAMPLES[page].split(", ")) <= set(cells)
 
 
+ANSWERED = {
+    "docs/state_kinds.md": (
+        "Which to probe first",
+        "Session memory and KV",
+        'Why "state organisation"',
+        "For the discussion",
+    ),
+    "docs/state_kinds.zh.md": ("先探测哪一类", "会话记忆与 KV", "为什么是“状态组织”", "课堂讨论"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_exercise_and_discussion_has_an_answer(page: str) -> None:
+    sections = re.split(r"^## ", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)[4:]
+    assert len(sections) == len(ANSWERED[page])
+    for section, title in zip(sections, ANSWERED[page], strict=True):
+        assert section.startswith(title) and len(section.strip().splitlines()) > 2
+    assert len(re.findall(r"^\*.*[?？]\* \S", sections[-1], flags=re.M)) == 2
+
+
 def test_the_command_measures_what_the_pages_show(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/state_kinds.py", "--quick", "--model", "tiny:random", "--dtype", "float32"]
     command += ["--threads", "1", "--folder", str(tmp_path)]

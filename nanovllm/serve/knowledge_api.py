@@ -19,16 +19,16 @@ from starlette.routing import Route
 from nanovllm.core.segments import Segment
 from nanovllm.engine.device_state_tier import store_namespace
 from nanovllm.engine.knowledge_prompt import check_template, path_of, spans_of
-from nanovllm.errors import AccessError, NanoVLLMError
+from nanovllm.errors import AccessError, InvalidRequestError, NanoVLLMError
 from nanovllm.serve.context import Services, Tenant
 from nanovllm.serve.knowledge import KIND, Knowledge
 from nanovllm.serve.knowledge_prefill import Job
+from nanovllm.serve.knowledge_replies import DocumentsReply, DroppedReply, KnowledgeReply, PrefillReply, reply_of
 from nanovllm.serve.reception import BYTES_PER_S, RENDER_S, check_size, decoded, parts_of, within
-from nanovllm.serve.replies import KnowledgeReply, PrefillReply
 from nanovllm.serve.state_api import KNOWLEDGE_PATH, PAGE, json_of, limit_of, query_of
 from nanovllm.serve.state_protocol import KnowledgeBody, PinBody
 from nanovllm.state.objects import PUBLIC, Document, StateId, check_name
-from nanovllm.state.report import content_of, object_facts, page, position, receipt_facts
+from nanovllm.state.report import page, position, receipt_facts
 
 
 async def put(request: Request) -> Response:
@@ -56,8 +56,7 @@ async def list_documents(request: Request) -> Response:
     found = await services.knowledge.call(
         "ls", namespace=own, kind=KIND, name=asked.get("name"), after=after, limit=limit + 1
     )
-    shown = page(found, limit)
-    return json_of({"documents": [_scoped(facts) for facts in shown["objects"]], "next": shown["next"]})
+    return json_of(DocumentsReply([reply_of(obj) for obj in found[:limit]], page(found, limit)["next"]))
 
 
 async def get(request: Request) -> Response:
@@ -65,9 +64,7 @@ async def get(request: Request) -> Response:
     services, ticket = parts_of(request)
     query_of(request)
     found = await services.knowledge.find(ticket.tenant, request.path_params["name"])
-    content = content_of(await services.knowledge.call("get", state_id=found.state_id))
-    content.pop("token_ids", None)
-    return json_of({**_scoped(object_facts(found)), **content})
+    return json_of(reply_of(found, await services.knowledge.call("get", state_id=found.state_id)))
 
 
 async def drop(request: Request) -> Response:
@@ -80,7 +77,7 @@ async def drop(request: Request) -> Response:
         await services.knowledge.prefills.cancel((namespace, obj.label))
         dropped.append(receipt_facts(await services.knowledge.call("drop", state_id=obj.state_id)))
         services.knowledge.forget(obj)
-    return json_of({"dropped": dropped})
+    return json_of(DroppedReply(dropped))
 
 
 ROUTES = (
@@ -92,7 +89,9 @@ ROUTES = (
 
 
 def _namespace(services: Services, tenant: Tenant, scope: str, pins: bool) -> str:
-    """Where the caller may write. Raises AccessError."""
+    """Where the caller may write. Raises InvalidRequestError, AccessError."""
+    if scope not in ("own", "public"):
+        raise InvalidRequestError(f"scope must be own or public, not {scope!r:.60}.", param="scope")
     is_operator = tenant.is_admin or not services.tenants.has_keys
     if not is_operator and (scope != "own" or pins):
         raise AccessError("Public documents and pins need the admin key.", param="pin" if pins else "scope")
@@ -151,11 +150,3 @@ def _outcome(job: Job) -> PrefillReply:
 
 def _label(body: KnowledgeBody) -> str:
     return body.name if body.version is None else f"{body.name}@{body.version}"
-
-
-def _scoped(facts: dict[str, Any]) -> dict[str, Any]:
-    """An object's facts, its namespace as users call it: it is derived from their key."""
-    return {
-        **{k: v for k, v in facts.items() if k != "namespace"},
-        "scope": "public" if facts["namespace"] == PUBLIC else "own",
-    }

@@ -7,7 +7,7 @@ it knows nothing about: how they are written; the answers themselves are rendere
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import Struct
 
@@ -230,24 +230,3 @@ class VersionReply(Struct, forbid_unknown_fields=True):
     """The package's version."""
 
     version: str
-
-
-class PrefillReply(Struct, forbid_unknown_fields=True):
-    """What became of a document's KV: computed, queued behind all other work, or left to the first question."""
-
-    status: Literal["computed", "queued", "left"]
-    reason: str
-    cached_tokens: int  # found instead of computed
-
-
-class KnowledgeReply(Struct, forbid_unknown_fields=True):
-    """A document that was kept. `tokens`: from the prompt's start to the document's end; `pin`: its receipt."""
-
-    state_id: str
-    name: str
-    version: str | None
-    scope: Literal["own", "public"]
-    tokens: int
-    durable: bool
-    prefill: PrefillReply
-    pin: dict[str, Any] | None

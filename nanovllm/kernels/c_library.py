@@ -1,4 +1,4 @@
-"""kernels.c as loaded code: found in the user's cache, or compiled there first.
+"""The C kernels as loaded code: found in the user's cache, or compiled there first.
 
 What it is: the search for a compiler ($CC, cc, gcc, clang, or the `ziglang` wheel), one
 compilation per element type and instruction set, and the call signatures. What it knows
@@ -30,7 +30,9 @@ from nanovllm.core.cache_dir import cache_dir
 
 logger = logging.getLogger("nanovllm")
 
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "kernels.c",)
+HEADERS = (FOLDER / "vectors.h", FOLDER / "prefill.h")
 DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall")
 LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64-v2"}  # by torch's name of what it uses
@@ -45,8 +47,10 @@ class StepArgs(ctypes.Structure):
     _fields_ = (
         *((name, COUNT) for name in ("num_tokens", "num_decodes", "num_units", "heads", "kv_heads", "dim")),
         *((name, COUNT) for name in ("block_size", "block_stride", "max_blocks", "window")),
-        *((name, ADDRESS) for name in ("slot_blocks", "slot_offsets", "decode_rows", "contexts", "tables")),
-        *((name, ADDRESS) for name in ("unit_seqs", "first_units", "partial", "parallel")),
+        *((name, ADDRESS) for name in ("slot_blocks", "slot_offsets", "tables", "decodes", "decode_rows", "contexts")),
+        *((name, ADDRESS) for name in ("unit_seqs", "first_units", "partial")),
+        ("num_tiles", COUNT),
+        *((name, ADDRESS) for name in ("tile_seqs", "tile_rows", "tile_counts", "tile_positions", "parallel")),
         ("threads", COUNT),
         ("scale", REAL),
         *((name, ADDRESS) for name in ("qkv", "kv", "cos", "sin", "out")),
@@ -57,10 +61,14 @@ class CompileError(Exception):
     """There is no compiler, or it failed; the text says which. Caught where kernels are chosen."""
 
 
-def load(dtype: torch.dtype) -> ctypes.CDLL:
-    """The library for one element type, compiled if it is not in the cache. Raises CompileError."""
-    command = [*compiler(), *FLAGS, *target(), *DEFINES[dtype]]
-    key = hashlib.sha256(repr(command).encode() + SOURCE.read_bytes()).hexdigest()[:32]
+def load(dtype: torch.dtype, instructions: list[str] | None = None) -> ctypes.CDLL:
+    """The library for one element type, compiled if it is not in the cache, for `instructions` or else `target()`.
+
+    Raises CompileError.
+    """
+    command = [*compiler(), *FLAGS, *(target() if instructions is None else instructions), *DEFINES[dtype]]
+    sources = b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
+    key = hashlib.sha256(repr(command).encode() + sources).hexdigest()[:32]
     folder = _private_folder(cache_dir() / "kernels")
     path = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
     if not path.exists():
@@ -89,8 +97,11 @@ def target() -> list[str]:
     """The instruction set torch's own kernels use, so that one setting caps both."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["-mcpu=native"]
-    level = LEVELS.get(torch.backends.cpu.get_cpu_capability(), "x86-64-v2")
-    return ["-march=" + (level.replace("-", "_") if "ziglang" in compiler() else level)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    level = LEVELS.get(capability, "x86-64-v2")
+    bfloat16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    march = "-march=" + (level.replace("-", "_") if "ziglang" in compiler() else level)
+    return [march, "-mavx512bf16"] if bfloat16 else [march]
 
 
 def parallel() -> int | None:
@@ -110,7 +121,7 @@ def _compile(command: list[str], path: Path) -> None:
         made = Path(scratch) / "kernels.so"
         try:
             done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(made)],
+                [*command, *map(str, SOURCES), "-o", str(made)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -145,7 +156,7 @@ def _check_private(path: Path) -> None:
 def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     library.add_norm.argtypes = (*[ADDRESS] * 4, COUNT, COUNT, REAL, ADDRESS, ctypes.c_int)
     library.silu_mul.argtypes = (ADDRESS, ADDRESS, COUNT, COUNT, ADDRESS, ctypes.c_int)
-    library.decode_layer.argtypes = (ctypes.POINTER(StepArgs),)
-    for function in (library.add_norm, library.silu_mul, library.decode_layer):
+    library.attend_layer.argtypes = (ctypes.POINTER(StepArgs),)
+    for function in (library.add_norm, library.silu_mul, library.attend_layer):
         function.restype = None
     return library

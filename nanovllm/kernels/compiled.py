@@ -1,9 +1,10 @@
 """CPU kernels with hand-written loops: kernels.c called through ctypes, which releases the GIL.
 
-What it is: norms, SiLU, rotation with KV writes, and decode attention that reads blocks in
-place. Prefill chunks attend in torch. What it knows nothing about: compilers. Invariants:
-threads are torch's, as many as torch uses; a sequence's result depends on its own length,
-never on its neighbours or on the number of threads.
+What it is: norms, SiLU, rotation with KV writes, and attention that reads blocks in place:
+units of keys for sequences of one query, tiles of queries for chunks of a prompt. What it
+knows nothing about: compilers. Invariants: threads are torch's, as many as torch uses; a
+token's result depends on the tokens before it, never on its neighbours in the step, on how
+its prompt was cut into chunks or on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from nanovllm.kernels import c_library
 from nanovllm.kernels.c_library import DEFINES, StepArgs
 from nanovllm.kernels.cpu import CpuKernels
 from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, StepLayout
-from nanovllm.kernels.paged import PagedPlan, PrefillChunk, attend_chunk, prefill_chunks
+from nanovllm.kernels.paged import PagedPlan
 
-LANES, CHUNK, MAX_GROUP, MAX_DIM = 16, 256, 16, 256  # as in kernels.c
+LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,17 @@ class CompiledPlan:
 
     pool: torch.Tensor
     geometry: AttentionGeometry
-    chunks: list[PrefillChunk]
     args: StepArgs
     arrays: tuple[torch.Tensor, ...]
 
 
 class CompiledKernels(CpuKernels):
-    """Raises CompileError where kernels.c cannot be compiled."""
+    """Raises CompileError where kernels.c cannot be compiled, for the flags `instructions` or else for this machine."""
 
     name = "compiled"
 
-    def __init__(self) -> None:
-        self._libraries = {dtype: c_library.load(dtype) for dtype in DEFINES}
+    def __init__(self, instructions: list[str] | None = None) -> None:
+        self._libraries = {dtype: c_library.load(dtype, instructions) for dtype in DEFINES}
         self._parallel = c_library.parallel()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -84,45 +84,59 @@ class CompiledKernels(CpuKernels):
         dim, group = geometry.head_dim, geometry.num_heads // geometry.num_kv_heads
         if dim % LANES or dim > MAX_DIM or group > MAX_GROUP:
             return super().plan(layout, pool, geometry)
-        decodes = np.flatnonzero(layout.query_lens == 1)
-        units = _chunk_counts(layout.context_lens[decodes], geometry.sliding_window)
-        first_units = np.concatenate(([0], np.cumsum(units)))
-        arrays = (
-            layout.slot_blocks,
-            layout.slot_offsets,
-            torch.from_numpy((np.cumsum(layout.query_lens) - 1)[decodes]),
-            torch.from_numpy(layout.context_lens[decodes]),
-            layout.block_tables[torch.from_numpy(decodes)],
-            torch.from_numpy(np.repeat(np.arange(len(decodes)), units)),
-            torch.from_numpy(first_units),
-            torch.empty(int(first_units[-1]) * geometry.num_heads * (dim + 2)),
-        )
+        tokens = (layout.slot_blocks, layout.slot_offsets, layout.block_tables.contiguous())
+        decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group)
         args = StepArgs(
-            len(layout.positions), len(decodes), int(first_units[-1]), geometry.num_heads, geometry.num_kv_heads, dim,
+            len(layout.positions), len(decodes[0]), len(units[0]), geometry.num_heads, geometry.num_kv_heads, dim,
             pool.shape[4], pool.stride(0), layout.block_tables.shape[1], geometry.sliding_window or 0,
-            *(array.data_ptr() for array in arrays), self._parallel, torch.get_num_threads(), geometry.scale,
+            *(column.data_ptr() for column in (*tokens, *decodes, *units)), len(tiles[0]),
+            *(column.data_ptr() for column in tiles), self._parallel, torch.get_num_threads(), geometry.scale,
         )  # fmt: skip
-        return CompiledPlan(pool, geometry, prefill_chunks(layout, pool, geometry), args, arrays)
+        return CompiledPlan(pool, geometry, args, (*tokens, *decodes, *units, *tiles))
 
     def attention(
         self, plan: AttentionPlan, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """One call rotates, stores and decodes; q and k of `qkv` are rotated in place."""
+        """One call rotates, stores and attends; q and k of `qkv` are rotated in place."""
         if isinstance(plan, PagedPlan):
             return super().attention(plan, layer, qkv, cos, sin)
         assert isinstance(plan, CompiledPlan)
-        args, pool, heads = plan.args, plan.pool, plan.geometry.num_heads
+        args, pool = plan.args, plan.pool
         qkv = qkv.contiguous()
-        out = qkv.new_empty(qkv.shape[0], heads, args.dim)
+        out = qkv.new_empty(qkv.shape[0], plan.geometry.num_heads, args.dim)
         out[args.num_tokens :] = 0
         args.qkv, args.out = qkv.data_ptr(), out.data_ptr()
         args.kv = pool.data_ptr() + layer * pool.stride(1) * pool.element_size()
         args.cos, args.sin = cos.data_ptr(), sin.data_ptr()
-        self._libraries[qkv.dtype].decode_layer(ctypes.byref(args))
-        for chunk in plan.chunks:
-            span = slice(chunk.start, chunk.stop)
-            out[span] = attend_chunk(pool, plan.geometry, layer, chunk, qkv[span, :heads])
+        self._libraries[qkv.dtype].attend_layer(ctypes.byref(args))
         return out.flatten(1)
+
+
+def _decodes(layout: StepLayout, geometry: AttentionGeometry) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Sequences of one query; the units of work that their keys make, with room for the units' results."""
+    decodes = np.flatnonzero(layout.query_lens == 1)
+    contexts = layout.context_lens[decodes]
+    units = _chunk_counts(contexts, geometry.sliding_window)
+    first_units = np.concatenate(([0], np.cumsum(units)))
+    rows = (np.cumsum(layout.query_lens) - 1)[decodes]
+    unit_seqs = np.repeat(np.arange(len(decodes)), units)
+    partial = torch.empty(int(first_units[-1]) * geometry.num_heads * (geometry.head_dim + 2))
+    sequences = tuple(map(torch.from_numpy, (decodes, rows, contexts)))
+    return sequences, (torch.from_numpy(unit_seqs), torch.from_numpy(first_units), partial)
+
+
+def _tiles(layout: StepLayout, group: int) -> tuple[torch.Tensor, ...]:
+    """Chunks in pieces of tokens that attend together, the longest first: sequence, first row, tokens, position."""
+    size = MAX_ROWS // group
+    starts = np.cumsum(layout.query_lens) - layout.query_lens
+    chunks = np.flatnonzero(layout.query_lens > 1)
+    pieces = -(-layout.query_lens[chunks] // size)
+    seqs = np.repeat(chunks, pieces)
+    offsets = size * (np.arange(len(seqs)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    counts = np.minimum(size, layout.query_lens[seqs] - offsets)
+    positions = (layout.context_lens - layout.query_lens)[seqs] + offsets
+    order = np.argsort(-positions * counts)
+    return tuple(torch.from_numpy(column[order]) for column in (seqs, starts[seqs] + offsets, counts, positions))
 
 
 def _chunk_counts(contexts: np.ndarray, window: int | None) -> np.ndarray:

@@ -1,150 +1,15 @@
-/* The hand-written CPU kernels: residual + RMSNorm, SiLU * up, rotation + KV write, paged attention of one query.
+/* The hand-written CPU kernels: residual + RMSNorm, SiLU * up, rotation + KV write, paged attention.
  *
- * Built once per element type: -DBFLOAT16 reads and writes bfloat16, else float. All arithmetic is float32.
- * No instruction set is named: `vec` is sixteen floats, and the compiler makes of it whatever the processor has.
  * Every sum has a fixed order that depends on its own row or sequence only, never on threads or neighbours.
  *
  * Names as in interface.py: N tokens, S sequences, H query heads, G KV heads, R = H / G, D head size.
  * The pool is [blocks, layers, 2, G, block_size, D]; `kv` points at layer l's keys in block 0.
  */
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#define LANES 16
 #define CHUNK 256   /* keys that one unit of attention looks at; part of the result's order of sums */
 #define MAX_R 16    /* query heads that share a KV head */
 #define MAX_D 256
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
-#endif
-
-/* -- numbers ----------------------------------------------------------------------------------------------- */
-
-#ifdef BFLOAT16 /* the upper half of a float */
-typedef uint16_t elem;
-
-INLINE vec load(const elem *p) {
-    hvec h;
-    memcpy(&h, p, sizeof h);
-    return (vec)(__builtin_convertvector(h, uvec) << 16);
-}
-
-INLINE void store(elem *p, vec x) { /* to the nearest, ties to even; what is no number stays none */
-    uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    uvec nan = (uvec)(x != x);
-    hvec h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), hvec);
-    memcpy(p, &h, sizeof h);
-}
-#else
-typedef float elem;
-
-INLINE vec load(const elem *p) {
-    vec x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-INLINE void store(elem *p, vec x) { memcpy(p, &x, sizeof x); }
-#endif
-
-INLINE vec load_part(const elem *p, int64_t n) { /* n < LANES elements, zeros behind */
-    elem full[LANES] = {0};
-    memcpy(full, p, n * sizeof(elem));
-    return load(full);
-}
-
-INLINE void store_part(elem *p, vec x, int64_t n) {
-    elem full[LANES];
-    store(full, x);
-    memcpy(p, full, n * sizeof(elem));
-}
-
-INLINE vec load_at(const elem *p, int64_t i, int64_t n) {
-    return n - i >= LANES ? load(p + i) : load_part(p + i, n - i);
-}
-
-INLINE void store_at(elem *p, vec x, int64_t i, int64_t n) {
-    if (n - i >= LANES) store(p + i, x);
-    else store_part(p + i, x, n - i);
-}
-
-INLINE vec every(float x) { return x - (vec){0}; }
-
-INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
-
-INLINE float sum(vec x) { /* halves onto halves */
-    float a[LANES];
-    memcpy(a, &x, sizeof a);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) a[i] += a[i + width];
-    return a[0];
-}
-
-/* Lane i of the result is the sum of x[i]: the same order of sums as `sum`, for sixteen at once. x is used up. */
-INLINE vec sums_of(vec x[LANES]) {
-    for (int i = 0; i < 8; i++)
-        x[i] = SHUFFLE(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               SHUFFLE(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        x[i] = SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int i = 0; i < 2; i++)
-        x[i] = SHUFFLE(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               SHUFFLE(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return SHUFFLE(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           SHUFFLE(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
-INLINE float largest(vec x) {
-    float top = x[0];
-    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
-
-/* e^x between e^-87 and e^88: 2^n * e^r with |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf, 2e-7 relative).
- * Adding 1.5 * 2^23 rounds to n and leaves it in the lowest bits. What is no number stays none. */
-INLINE vec exponential(vec x) {
-    x = choose(x < -87.0f, every(-87.0f), x);
-    x = choose(x > 88.0f, every(88.0f), x);
-    vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f, p = every(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)(((uvec)shifted << 23) + 0x3f800000);
-}
-
-/* -- threads ----------------------------------------------------------------------------------------------- */
-
-/* GOMP_parallel of the OpenMP library that torch already runs: one pool of threads for both. NULL: one thread. */
-typedef void (*parallel_fn)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-typedef struct job {
-    void (*work)(const struct job *, int64_t item);
-    int64_t next, items;
-    const void *args;
-} job;
-
-static void take_items(void *data) { /* each thread takes the next item until none is left */
-    job *j = data;
-    for (int64_t i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->items;) j->work(j, i);
-}
-
-static void for_each(void (*work)(const job *, int64_t), const void *args, int64_t items, parallel_fn parallel,
-                     int threads) {
-    job j = {work, 0, items, args};
-    if (parallel && threads > 1 && items > 1) parallel(take_items, &j, threads, 0);
-    else take_items(&j);
-}
 
 /* -- rows: norm and SiLU ----------------------------------------------------------------------------------- */
 
@@ -204,9 +69,12 @@ typedef struct {
     /* of the step; set once by the plan */
     int64_t num_tokens, num_decodes, num_units, heads, kv_heads, dim, block_size, block_stride, max_blocks, window;
     const int64_t *slot_blocks, *slot_offsets;      /* [N] where each token's KV goes */
-    const int64_t *decode_rows, *contexts, *tables; /* [S], [S], [S, max_blocks]: sequences of one query */
+    const int64_t *tables;                          /* [S, max_blocks] */
+    const int64_t *decodes, *decode_rows, *contexts; /* [U] sequences of one query: which, their row, their keys */
     const int64_t *unit_seqs, *first_units;         /* [U] sequence of a unit; [S + 1] first unit of a sequence */
     float *partial;                                 /* [U, G, R, D + 2]: weighted values, their weight, largest score */
+    int64_t num_tiles;                              /* T tiles: tokens of one sequence that attend together */
+    const int64_t *tile_seqs, *tile_rows, *tile_counts, *tile_positions; /* [T]; first row of the step, first position */
     parallel_fn parallel;
     int64_t threads;
     float scale;
@@ -243,7 +111,7 @@ static void rotate_and_store_token(const job *j, int64_t token) {
 }
 
 /* Addresses of the keys first..first+count of sequence s, KV head g, wherever their blocks lie. */
-INLINE void find_keys(const step_args *a, int64_t s, int64_t g, int64_t first, int64_t count, const elem **keys) {
+static void find_keys(const step_args *a, int64_t s, int64_t g, int64_t first, int64_t count, const elem **keys) {
     const int64_t *table = a->tables + s * a->max_blocks;
     const elem *head = a->kv + g * a->block_size * a->dim;
     for (int64_t i = 0; i < count;) {
@@ -264,7 +132,7 @@ INLINE void attend_unit(const step_args *a, int64_t unit, int64_t g, const int h
     const elem *keys[CHUNK], *q = a->qkv + (a->decode_rows[s] * width + g * heads) * dim;
     float scores[MAX_R][CHUNK];
     vec queries[MAX_R][MAX_D / LANES], sums[MAX_R][MAX_D / LANES];
-    find_keys(a, s, g, first, count, keys);
+    find_keys(a, a->decodes[s], g, first, count, keys);
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < vecs; i++) {
             queries[h][i] = load(q + h * dim + i * LANES) * a->scale;
@@ -297,7 +165,7 @@ INLINE void attend_unit(const step_args *a, int64_t unit, int64_t g, const int h
         for (int64_t t = 0; t < count; t += LANES) {
             vec x;
             memcpy(&x, scores[h] + t, sizeof x);
-            top = choose(x > top, x, top);
+            top = larger(x, top);
         }
         float most = largest(top);
         for (int64_t t = 0; t < count; t += LANES) {
@@ -324,9 +192,9 @@ static void attend(const job *j, int64_t item) {
     const step_args *a = j->args;
     int64_t unit = item / a->kv_heads, g = item % a->kv_heads;
     int heads = (int)(a->heads / a->kv_heads), vecs = (int)(a->dim / LANES);
-#define CASE(H, V) \
-    if (heads == H && vecs == V) return attend_unit(a, unit, g, H, V);
-    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(7, 4) CASE(2, 8) CASE(3, 8) CASE(4, 8)
+#define CASE(H, D) \
+    if (heads == H && a->dim == D) return attend_unit(a, unit, g, H, D / LANES);
+    CASE(1, 64) CASE(2, 64) CASE(3, 64) CASE(4, 64) CASE(7, 64) CASE(2, 128) CASE(3, 128) CASE(4, 128)
     attend_unit(a, unit, g, heads, vecs);
 }
 
@@ -352,10 +220,13 @@ static void merge(const job *j, int64_t item) {
     }
 }
 
-/* Rotate, store all tokens' KV, then attend for the sequences of one query. Prefill chunks attend elsewhere. */
-void decode_layer(const step_args *a) {
+#include "prefill.h"
+
+/* Rotate, store all tokens' KV, then attend. */
+void attend_layer(const step_args *a) {
     parallel_fn few = a->num_tokens >= 8 ? a->parallel : 0;
     for_each(rotate_and_store_token, a, a->num_tokens, few, (int)a->threads);
+    for_each(attend_tile, a, a->num_tiles * a->kv_heads, a->parallel, (int)a->threads);
     for_each(attend, a, a->num_units * a->kv_heads, a->parallel, (int)a->threads);
     for_each(merge, a, a->num_decodes * a->heads, few, (int)a->threads);
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +26,8 @@ CPU = torch.device("cpu")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache in which nothing was compiled yet, and a source of the same three names that compiles at once."""
     source = tmp_path / "kernels.c"
-    source.write_text("void add_norm(void) {} void silu_mul(void) {} void decode_layer(void) {}")
-    monkeypatch.setattr(c_library, "SOURCE", source)
+    source.write_text("void add_norm(void) {} void silu_mul(void) {} void attend_layer(void) {}")
+    monkeypatch.setattr(c_library, "SOURCES", (source,))
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kernels"
 
@@ -107,28 +106,28 @@ def test_reference_and_cpu_need_no_compiler(cache: Path, monkeypatch: pytest.Mon
 
 @settings(max_examples=40, deadline=None)
 @given(step=steps())
-def test_decodes_alone_beside_others_and_with_two_threads_are_the_same_bits(step: Step) -> None:
+def test_alone_beside_others_and_with_two_threads_are_the_same_bits(step: Step) -> None:
     """Each sequence's sums have an order of their own: nothing of the step or of the threads is in it."""
-    decode = Step(step.contexts, [1] * len(step.contexts), *list(vars(step).values())[2:])
-    if decode.head_dim % 16:
+    if step.head_dim % 16:
         return
-    kernels, pool = CompiledKernels(), decode.pool(torch.float32)
-    layout, parts = decode.layout(), decode.qkv(torch.float32)
+    kernels, pool = CompiledKernels(), step.pool(torch.float32)
+    layout, parts = step.layout(), step.qkv(torch.float32)
 
     def attend(part: StepLayout, span: slice) -> torch.Tensor:
-        plan = kernels.plan(part, pool.clone(), decode.geometry)
+        plan = kernels.plan(part, pool.clone(), step.geometry)
         return kernels.attention(plan, 1, *(tensor[span].clone() for tensor in parts))
 
-    together = attend(layout, slice(None))
+    together, start = attend(layout, slice(None)), 0
     torch.set_num_threads(2)
     try:
         assert torch.equal(attend(layout, slice(None)), together)
     finally:
         torch.set_num_threads(1)
-    for i in range(len(decode.contexts)):
-        span = slice(i, i + 1)
+    for i, length in enumerate(step.queries):
+        own, span = slice(i, i + 1), slice(start, start + length)
         alone = StepLayout(
-            layout.positions[span], np.ones(1, np.int64), layout.context_lens[span], layout.block_tables[span],
+            layout.positions[span], layout.query_lens[own], layout.context_lens[own], layout.block_tables[own],
             layout.slot_blocks[span], layout.slot_offsets[span],
         )  # fmt: skip
         assert torch.equal(attend(alone, span), together[span])
+        start += length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,9 @@ from nanovllm.kernels.paged import PagedKernels
 from nanovllm.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
-FAST = [CompiledKernels(), CpuKernels(), PagedKernels()]
+CAPPED = CompiledKernels(["-march=x86-64-v3"] if platform.machine() == "x86_64" else [])  # as for an AVX2 machine
+CAPPED.name = "compiled without AVX-512"
+FAST = [CompiledKernels(), CAPPED, CpuKernels(), PagedKernels()]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 LAYERS = 2
@@ -187,7 +190,7 @@ def steps(draw: Any) -> Step:
         block_size=draw(st.integers(1, 64)),
         kv_heads=draw(st.integers(1, 4)),
         group=draw(st.integers(1, 5)),
-        head_dim=draw(st.sampled_from([8, 16, 48, 64])),
+        head_dim=draw(st.sampled_from([8, 16, 48, 64, 80])),
         window=draw(st.none() | st.integers(1, 250)),
         seed=draw(seeds),
     )
@@ -339,3 +342,41 @@ def test_a_sequence_does_not_depend_on_its_neighbours(kernels: Kernels, step: St
         plan = kernels.plan(alone, poisoned, step.geometry)
         close(kernels.attention(plan, 1, *(part[span].clone() for part in parts)), together[span])
         token += query
+
+
+@pytest.mark.parametrize("kernels", FAST[:2], ids=lambda kernels: kernels.name)
+@both_dtypes
+@settings(thorough, max_examples=25)
+@given(
+    length=st.integers(2, 700),
+    cuts=st.sets(st.integers(1, 699), max_size=6),
+    group=st.integers(1, 5),
+    dim=st.sampled_from([16, 48, 64, 80]),
+    window=st.none() | st.integers(1, 250),
+    seed=seeds,
+)
+def test_cutting_a_prompt_into_chunks_changes_no_bit(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    length: int,
+    cuts: set[int],
+    group: int,
+    dim: int,
+    window: int | None,
+    seed: int,
+) -> None:
+    """Pieces of two tokens or more; a piece of one is a decode, whose sums have another order."""
+    whole = Step([length], [length], 16, 2, group, dim, window, seed)
+    pool, parts, table = whole.pool(dtype), whole.qkv(dtype), whole.layout().block_tables
+    together = attend(kernels, whole, pool.clone())
+    ends = [cut for cut in sorted(cuts) if 1 < cut < length - 1] + [length]
+    ends = [end for end, after in zip(ends, [*ends[1:], length + 2], strict=True) if after - end > 1]
+    start = 0
+    for end in ends:
+        piece = replace(whole, contexts=[end], queries=[end - start])
+        layout = piece.layout()
+        blocks = table[0, layout.positions // 16]
+        plan = kernels.plan(replace(layout, block_tables=table, slot_blocks=blocks), pool, whole.geometry)
+        out = kernels.attention(plan, 1, *(part[start:end].clone() for part in parts))
+        assert torch.equal(out, together[start:end])
+        start = end

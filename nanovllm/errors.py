@@ -24,6 +24,7 @@ each instance may name the parameter at fault and says how to mend it.
     ├── StateNotFoundError            404 state_not_found        no such state object, or not this tenant's
     ├── StateConflictError            409 state_conflict         somebody else changed it first
     ├── StateRefusedError             507 state_refused          the state plane has no room for it; has the receipt
+    │   └── SessionQuotaError         507 session_quota          a tenant keeps as many turns as it may
     ├── StateFolderError              409 state_folder           the folder is in use, of another schema, or no folder
     ├── StateBundleError              400 state_bundle_invalid   exported state that does not verify
     ├── TierError                     503 tier_failed            a tier of the state plane failed; serving goes on
@@ -181,6 +182,12 @@ class StateRefusedError(NanoVLLMError):
     ) -> None:
         super().__init__(message, param=param, hint=hint)
         self.receipt = receipt
+
+
+class SessionQuotaError(StateRefusedError):
+    """A tenant keeps as many stored turns, or as much of their text, as it may."""
+
+    code = "session_quota"
 
 
 class StateFolderError(NanoVLLMError):

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Decode = Callable[[Sequence[int]], str]
+REPLACEMENT = "\ufffd"
+_ONCE = re.compile(f"{REPLACEMENT}+")  # how many bytes that are no text make depends on where decoding began
 
 
 def spelled_prefix(
@@ -58,13 +60,17 @@ def _past_plain(text: str, at: int, wanted: str, pattern: re.Pattern[str], senti
     """Past `wanted`, sentinels in between not counted; None where the text reads otherwise, or a control token."""
     found = pattern.search(text, at)
     end = len(text) if found is None else found.start()
-    if sentinel not in wanted and at + len(wanted) <= end and text.startswith(wanted, at):
-        return at + len(wanted)  # nothing is guarded within: the usual case, at once
-    for letter in wanted:
+    if sentinel not in wanted and REPLACEMENT not in wanted:  # nothing is guarded within, as nearly always: at once
+        past = at + len(wanted)
+        if past <= end and text.startswith(wanted, at):
+            return past
+    for letter in _ONCE.sub(REPLACEMENT, wanted):
         at = _past_sentinels(text, at, sentinel)
         if at >= end or text[at] != letter:
             return None
         at += 1
+        while letter == REPLACEMENT and at < end and text[at] in (REPLACEMENT, sentinel):
+            at += 1
     return at
 
 

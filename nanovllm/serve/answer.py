@@ -37,7 +37,7 @@ class Course:
     """What else belongs to the course of an answer; endpoints that keep something say what."""
 
     async def before_last_byte(self, finished: list[Finished]) -> None:
-        """All prompts have ended: what must have happened before the client may know it. Raises what fails the answer."""
+        """All prompts have ended: what must happen before the client may know it. Raises what fails the answer."""
 
     def failed(self, error: dict[str, dict[str, str | None]]) -> bytes:
         """The last frames of a stream that failed."""

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.async_engine import AsyncEngine
-from nanovllm.serve import health, knowledge_api, state_api
+from nanovllm.serve import conversations, health, knowledge_api, responses, state_api
 from nanovllm.serve.admission import Admission
 from nanovllm.serve.chat import chat
 from nanovllm.serve.completions import completions
@@ -29,6 +29,7 @@ from nanovllm.serve.openapi import openapi
 from nanovllm.serve.tenants import Tenants
 from nanovllm.serve.tokenize import detokenize, tokenize
 from nanovllm.serve.tracing import open_traces
+from nanovllm.serve.turn_store import TurnStore
 
 POOL_THREADS = 4  # for tokenizing and for parsing large bodies
 ROUTES = (
@@ -46,6 +47,8 @@ ROUTES = (
     Route("/openapi.json", openapi),
     Route(FEED_PATH, events),
     *PAGES,
+    *responses.ROUTES,
+    *conversations.ROUTES,
     *knowledge_api.ROUTES,
     *state_api.ROUTES,
 )
@@ -67,6 +70,7 @@ def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Li
     services.feed = Feed(services)
     is_one = config.share_prefix or not tenants.has_keys
     services.knowledge = Knowledge(engine, is_one, config.request_timeout)
+    services.turns = TurnStore(engine, config)
     return services
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # both bring more than a test of the gate needs
     from nanovllm.serve.metrics import ServerMetrics
     from nanovllm.serve.tenants import Tenants
     from nanovllm.serve.tracing import Traces
+    from nanovllm.serve.turn_store import TurnStore
 
 TICKET = "nanovllm.ticket"
 
@@ -79,6 +80,7 @@ class Services:
     traces: Traces | None = None
     feed: Feed | None = None
     knowledge: Knowledge = field(init=False)
+    turns: TurnStore = field(init=False)
     generation_defaults: dict[str, Any] = field(default_factory=dict)  # what the model brings, once it is loaded
     longest_token: int = 256  # letters; no text of more than this times the context fits the model
     started_s: int = field(default_factory=lambda: int(time.time()))

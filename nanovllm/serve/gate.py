@@ -47,7 +47,8 @@ access_logger = logging.getLogger("nanovllm.serve.access")
 OPEN_PATHS = frozenset({"/health", "/health/ready", "/ping"}) | PAGE_PATHS
 ADMIN_PATHS = frozenset({"/metrics", FEED_PATH})
 ENGINELESS_PATHS = OPEN_PATHS | ADMIN_PATHS | {"/version", "/openapi.json"}
-GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+CONVERSATIONS = "/v1/conversations"  # whatever is below it may take a body
 LOCAL_HOSTS = frozenset({b"localhost", b"127.0.0.1", b"[::1]"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,128}")
 _SAME_SITE = (None, b"none", b"same-origin")
@@ -136,7 +137,7 @@ class Gate:
     def _takes_body(self, scope: Scope) -> bool:
         if _is_of_state(scope["path"]):
             return scope["method"] in ("POST", "PUT")
-        return scope["method"] == "POST" and scope["path"] in self._posts
+        return scope["method"] == "POST" and (scope["path"] in self._posts or _is_within(scope["path"], CONVERSATIONS))
 
     def _admit(self, path: str, headers: Headers, ticket: Ticket) -> None:
         """Take a slot, by an estimate; only what generates waits for prefill."""

@@ -7,6 +7,7 @@ because both read the same Structs.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm import __version__
-from nanovllm.serve import protocol, replies
+from nanovllm.serve import protocol, replies, turn_paths
+from nanovllm.serve.response_protocol import ResponseRequest
 
 REFUSALS = {
     "400": "a field is malformed, unknown or cannot be honoured; `param` names it",
@@ -24,12 +26,14 @@ REFUSALS = {
     "404": "no such model or path",
     "405": "this path has no such method",
     "408": "the body did not arrive in time",
+    "409": "another turn of this conversation is under way, or the name is taken",
     "413": "the body is too large",
     "415": "the body is not plain JSON",
     "429": "this key has as much in flight as it may; `Retry-After` says when to come again",
     "500": "the server failed; the request id finds it in the log",
     "503": "overloaded, loading, draining or failed; `Retry-After` says when to come again",
     "504": "the request took longer than it may",
+    "507": "there is no room to keep it; `store: false` asks for none",
 }
 _SMALL = ("401", "403", "500", "503")
 _REF = "#/components/schemas/"
@@ -45,7 +49,10 @@ _ENDPOINTS: tuple[tuple[str, str, Any, Any, Any, str], ...] = (
     ("/health/ready", "get", None, replies.StatusReply, None, "Whether a request would be taken now"),
     ("/ping", "get", None, replies.StatusReply, None, "The same as /health"),
     ("/version", "get", None, replies.VersionReply, None, "The version of the package"),
+    *turn_paths.ENDPOINTS,
 )
+_QUERIES = {**turn_paths.QUERIES}
+_CALLS = {**turn_paths.CALLS}
 
 
 async def openapi(request: Request) -> Response:
@@ -62,11 +69,11 @@ def document() -> dict[str, Any]:
     """The document as data."""
     kinds = [kind for _, _, *triple, _ in _ENDPOINTS for kind in triple if kind is not None]
     _, components = msgspec.json.schema_components([*kinds, replies.ErrorReply], ref_template=_REF + "{name}")
-    for kind in (protocol.ChatRequest, protocol.CompletionRequest):
+    for kind in (protocol.ChatRequest, protocol.CompletionRequest, ResponseRequest):
         _mark(components[kind.__name__], kind)
     paths: dict[str, Any] = {}
     for path, method, asked, answered, chunk, summary in _ENDPOINTS:
-        paths.setdefault(path, {})[method] = _operation(path, asked, answered, chunk, summary)
+        paths.setdefault(path, {})[method] = _operation(path, method, asked, answered, chunk, summary)
     return {
         "openapi": "3.1.0",
         "info": {"title": "nano-vllm-hust", "version": __version__},
@@ -76,18 +83,24 @@ def document() -> dict[str, Any]:
     }
 
 
-def _operation(path: str, asked: Any, answered: Any, chunk: Any, summary: str) -> dict[str, Any]:
+def _operation(path: str, method: str, asked: Any, answered: Any, chunk: Any, summary: str) -> dict[str, Any]:
     content = {"application/json": {"schema": _ref(answered)}}
     if chunk is not None:
         content["text/event-stream"] = {"schema": _ref(chunk) | {"description": "data: one such object a line"}}
     responses: dict[str, Any] = {"200": {"description": summary, "content": content}}
-    for status in REFUSALS if asked is not None else (*_SMALL, *(["404"] if "{" in path else [])):
+    queries = _QUERIES.get((path, method), ())
+    few = (*_SMALL, *(["404"] if "{" in path else []), *(["400"] if queries else []), *_CALLS.get(path, ()))
+    for status in REFUSALS if asked is not None else few:
         responses[status] = _refusal(status, answered if answered is replies.StatusReply else replies.ErrorReply)
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if asked is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
-    if "{" in path:
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    named = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+    if named or queries:
+        operation["parameters"] = [*named, *queries]
     return operation
 
 

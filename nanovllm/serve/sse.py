@@ -25,17 +25,17 @@ _UNFINISHED = b',"finish_reason":null'
 
 def json_text(text: str) -> bytes:
     """`text` as a JSON string. Line separators that some readers split at are escaped."""
-    data = _encode(text)
-    if text.isascii():
-        return data
-    return (
-        data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(b"\xc2\x85", b"\\u0085")
-    )
+    return _one_line(_encode(text))
 
 
 def frame(value: object) -> bytes:
     """Any value as one frame."""
     return b"data: " + _encode(value) + b"\n\n"
+
+
+def event(kind: str, value: object) -> bytes:
+    """Any value as one frame that names its kind."""
+    return b"event: " + kind.encode() + b"\ndata: " + _one_line(_encode(value)) + b"\n\n"
 
 
 class ChunkFrames:
@@ -84,3 +84,12 @@ class ChunkFrames:
         prompt, generated = self._prompt_tokens[index], self._generated[index]
         counts = (prompt, generated, prompt + generated)
         return b'}],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % counts
+
+
+def _one_line(data: bytes) -> bytes:
+    """JSON without the separators at which some readers split lines."""
+    if data.isascii():
+        return data
+    return (
+        data.replace(b"\xe2\x80\xa8", b"\\u2028").replace(b"\xe2\x80\xa9", b"\\u2029").replace(b"\xc2\x85", b"\\u0085")
+    )

@@ -1,0 +1,97 @@
+"""One turn that may be kept: what happens between its last token and its last byte.
+
+What it is: the `Course` of a response. What it knows nothing about: HTTP, how objects are stored. Invariants: a
+turn is kept whole or not at all, and before its client can know that it ended; one whose request did not come to
+its end is not kept; its conversation is given back whatever happens; the KV that was written by then is a matter
+of time, never of success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import msgspec
+
+from nanovllm.engine.messages import Finished
+from nanovllm.errors import NanoVLLMError
+from nanovllm.serve import sse
+from nanovllm.serve.answer import Course, Prompt
+from nanovllm.serve.context import Services, Ticket
+from nanovllm.serve.items import Stored
+from nanovllm.serve.response_answer import ResponseStream, ResponseWhole
+from nanovllm.serve.response_draft import Draft
+from nanovllm.serve.turn_history import History, diagnose
+from nanovllm.serve.turn_store import CONVERSATION, RESPONSE, Kept
+from nanovllm.state.objects import Session
+
+
+@dataclass(eq=False)
+class Turn(Course):
+    """One response on its way into the store. `items`: the history and this turn's input."""
+
+    services: Services
+    ticket: Ticket
+    draft: Draft
+    rendering: ResponseWhole | ResponseStream
+    history: History
+    items: Sequence[Stored]
+    prompt: Prompt
+    asked: Mapping[str, Any]
+    conversation: Kept | None
+    is_stored: bool
+
+    async def before_last_byte(self, finished: list[Finished]) -> None:
+        """Count, keep, and wait a little for the KV. A client that leaves now leaves a whole turn behind."""
+        self._count(finished)
+        if not self.is_stored and self.conversation is None:
+            return
+        with anyio.CancelScope(shield=True):
+            await self._keep()
+        namespace = self.ticket.tenant.namespace if self.prompt.namespace is None else self.prompt.namespace
+        await self.services.turns.written(namespace, self._token_ids)
+
+    def failed(self, error: dict[str, dict[str, str | None]]) -> bytes:
+        """In the stream's own words."""
+        return self.rendering.failed(error) if isinstance(self.rendering, ResponseStream) else sse.frame(error)
+
+    def over(self) -> None:
+        """The conversation is free for the next turn."""
+        if self.conversation is not None:
+            self.services.turns.unclaim((self.ticket.tenant.owner, self.conversation.obj.state_id))
+
+    @property
+    def _token_ids(self) -> list[int]:
+        return [*self.prompt.token_ids, *self.draft.token_ids]
+
+    def _count(self, finished: list[Finished]) -> None:
+        self.draft.finish(finished)
+        block_size = self.services.engine.info.block_size
+        found = diagnose(self.history, self.prompt.token_ids, self.asked, finished, block_size)
+        if found is not None and self.draft.usage is not None:
+            self.draft.diagnostics = found.as_openai()
+            self.draft.usage["nanovllm"] |= found.as_own()
+
+    async def _keep(self) -> None:
+        """The response first: it goes again where its conversation cannot follow."""
+        turns, tenant, name = self.services.turns, self.ticket.tenant, self.draft.head.response_id
+        if self.is_stored:
+            await turns.keep(tenant, self._response(), name)
+        if self.conversation is not None:
+            try:
+                await turns.replace(tenant, self.conversation, self._talk(self.conversation))
+            except NanoVLLMError:
+                if self.is_stored:
+                    await turns.drop_named(tenant, name)
+                raise
+
+    def _response(self) -> Session:
+        text = msgspec.json.encode(self.draft.as_object()).decode()
+        facts = {"object": RESPONSE, "response": text, "num_input": len(self.items), "asked": dict(self.asked)}
+        return Session([*self.items, *self.draft.output], self._token_ids, facts)
+
+    def _talk(self, conversation: Kept) -> Session:
+        facts = {**conversation.session.facts, "object": CONVERSATION, "asked": dict(self.asked)}
+        return Session([*self.items, *self.draft.output], self._token_ids, facts)

@@ -1,0 +1,168 @@
+"""Stored turns: responses and conversations as session objects of the engine's state store.
+
+What it is: find, keep, replace and drop, in one tenant's namespace, with the tenant's quota. What it knows nothing
+about: HTTP, prompts, what a session's facts mean. Invariants: an object is looked up by (tenant, id) and another
+tenant's is not there; what `keep` has returned is durable where there is a folder; a conversation is written by one
+turn at a time: whoever comes second is refused, here at once or by its generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.engine.async_engine import AsyncEngine
+from nanovllm.engine.device_state_tier import store_namespace
+from nanovllm.errors import (
+    DeadlineError,
+    NanoVLLMError,
+    SessionQuotaError,
+    StateConflictError,
+    StateNotFoundError,
+)
+from nanovllm.serve.config import ServerConfig
+from nanovllm.serve.context import Tenant
+from nanovllm.state.objects import Session, StateObject
+
+KIND = "session"
+RESPONSE, CONVERSATION = "response", "conversation"
+CONVERSATION_PREFIX = "conv_"
+_FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r"conv_([0-9a-f]{32})")}
+STATE_S = 60.0  # for one call on the state; a tier's own deadlines are seconds
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stored turn: which object, at which generation, and what it holds."""
+
+    obj: StateObject
+    session: Session
+
+    @property
+    def created(self) -> int:
+        """Unix seconds."""
+        return self.obj.created_ms // 1000
+
+    @property
+    def conversation_id(self) -> str:
+        """Its id, where it is a conversation."""
+        return CONVERSATION_PREFIX + self.obj.state_id
+
+
+@dataclass
+class TurnStore:
+    """The stored turns of one server."""
+
+    engine: AsyncEngine
+    config: ServerConfig
+    _busy: set[tuple[str, str]] = field(default_factory=set)
+
+    async def find(self, tenant: Tenant, kind: str, given: str, param: str) -> Kept:
+        """A response or conversation by its id. Raises StateNotFoundError, naming the field."""
+        form = _FORMS[kind].fullmatch(given)
+        missing = StateNotFoundError(
+            f"There is no {kind} {given!r:.80}.", param=param, hint="It was never stored, has expired or was deleted."
+        )
+        if form is None:
+            raise missing
+        namespace = store_namespace(tenant.owner)
+        try:
+            # first the object, then what it holds: a change in between makes the generation too old, never too new
+            obj = await self._call("find", state_id=form[1] if form.groups() else given, namespace=namespace, kind=KIND)
+            session = await self._call("get", state_id=obj.state_id, namespace=namespace)
+        except StateNotFoundError:
+            raise missing from None
+        if not isinstance(session, Session) or session.facts.get("object") != kind:
+            raise missing
+        return Kept(obj, session)
+
+    async def named(self, tenant: Tenant, name: str) -> list[Kept]:
+        """The tenant's conversation of that name, if there is one."""
+        found = await self._call("ls", namespace=store_namespace(tenant.owner), kind=KIND, name=name, limit=1)
+        with suppress(StateNotFoundError):
+            return [await self.find(tenant, CONVERSATION, CONVERSATION_PREFIX + obj.state_id, "name") for obj in found]
+        return []
+
+    async def check_room(self, tenant: Tenant) -> None:
+        """Raise SessionQuotaError where the tenant keeps as much as it may."""
+        held = await self._call("holdings", namespace=store_namespace(tenant.owner), kind=KIND)
+        limits = {"objects": self.config.max_tenant_sessions, "bytes": self.config.max_tenant_session_bytes}
+        for what, limit in limits.items():
+            if held[what] >= limit:
+                raise SessionQuotaError(
+                    f"{held[what]:,} {what} of stored turns are kept for this key, of {limit:,} allowed.",
+                    param="store",
+                    hint="Delete responses or conversations, or send store: false.",
+                )
+
+    async def keep(self, tenant: Tenant, session: Session, name: str | None = None) -> str:
+        """Store it; its state id. Raises StateRefusedError, StateConflictError (the name is taken)."""
+        metadata = {"kind": KIND, "name": name, "namespace": store_namespace(tenant.owner)}
+        state_id: str = await self._call("put", obj=session, metadata=metadata | {"ttl": self.config.session_ttl})
+        return state_id
+
+    async def replace(self, tenant: Tenant, kept: Kept, session: Session) -> None:
+        """Its next generation. Raises StateConflictError where it has one already, StateNotFoundError."""
+        where = {"state_id": kept.obj.state_id, "namespace": store_namespace(tenant.owner)}
+        try:
+            await self._call("update", obj=session, generation=kept.obj.generation, **where)
+        except StateConflictError:
+            raise _conflict() from None
+
+    async def drop(self, tenant: Tenant, kept: Kept) -> None:
+        """Out of every tier, with the KV that only it owned."""
+        await self._call("drop", state_id=kept.obj.state_id, namespace=store_namespace(tenant.owner))
+
+    async def drop_named(self, tenant: Tenant, name: str) -> None:
+        """The same, of what may not be there."""
+        with suppress(NanoVLLMError):
+            await self._call("drop", state_id=name, namespace=store_namespace(tenant.owner))
+
+    async def written(self, namespace: str, token_ids: list[int]) -> None:
+        """Wait until the full blocks of these tokens are written behind, or the server's time for it is over.
+
+        Losing them costs only time, so nothing that goes wrong here fails a turn.
+        """
+        limit_s = self.config.write_behind_timeout
+        with suppress(NanoVLLMError, TimeoutError):
+            async with asyncio.timeout(limit_s + 1.0):
+                where = {"namespace": store_namespace(namespace), "timeout": limit_s}
+                await self.engine.call_state("written", token_ids=token_ids, **where)
+
+    def claim(self, tenant: Tenant, kept: Kept) -> tuple[str, str]:
+        """Take a conversation for one turn, until `unclaim`. Raises StateConflictError where another has it."""
+        claim = tenant.owner, kept.obj.state_id
+        if claim in self._busy:
+            raise _conflict()
+        self._busy.add(claim)
+        return claim
+
+    def unclaim(self, claim: tuple[str, str]) -> None:
+        """Give it back."""
+        self._busy.discard(claim)
+
+    @contextmanager
+    def claimed(self, tenant: Tenant, kept: Kept) -> Iterator[None]:
+        """The same, for the time of a block."""
+        claim = self.claim(tenant, kept)
+        try:
+            yield
+        finally:
+            self.unclaim(claim)
+
+    async def _call(self, verb: str, **arguments: Any) -> Any:
+        try:
+            async with asyncio.timeout(STATE_S):
+                return await self.engine.call_state(verb, **arguments)
+        except TimeoutError:
+            raise DeadlineError(f"The state did not answer within {STATE_S:g} s.") from None
+
+
+def _conflict() -> StateConflictError:
+    return StateConflictError(
+        "Another turn of this conversation is under way.", param="conversation", hint="Wait for it, then ask again."
+    )

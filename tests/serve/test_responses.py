@@ -1,0 +1,237 @@
+"""/v1/responses through OpenAI's client: turns that the server keeps, continues, tells of and deletes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from openai import NotFoundError, OpenAI
+
+from nanovllm.serve.openapi import document
+from tests.serve.servers import ASK_S, LiveServer, assert_at_rest
+from tests.serve.surface import Live
+
+Factory = Callable[..., LiveServer]
+DOCUMENT = document()
+BLOCK = 16
+ASKED = {"model": "tiny:random", "temperature": 0, "max_output_tokens": 12}
+LETTERS = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "string", "pattern": "^[a-z]{200}$"}}}
+WEATHER = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
+}
+
+
+def client_of(live: LiveServer | Live, key: str = "unused") -> OpenAI:
+    url = live.url if isinstance(live, Live) else live.server.url
+    return OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=ASK_S)
+
+
+def is_documented(name: str, value: Any) -> bool:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
+    return jsonschema_rs.validator_for(schema).is_valid(value)
+
+
+@pytest.fixture
+def ai(tiny: Live) -> OpenAI:
+    return client_of(tiny)
+
+
+def ask(ai: OpenAI, said: Any, **more: Any) -> Any:
+    return ai.responses.create(**{**ASKED, "input": said, **more})
+
+
+def own(response: Any) -> dict[str, Any]:
+    return response.usage.model_extra["nanovllm"]
+
+
+def test_a_turn_is_kept_continued_and_given_back(ai: OpenAI) -> None:
+    first = ask(ai, "Good morning, server.", metadata={"who": "me"}, instructions="Be brief.")
+    assert first.id.startswith("resp_") and len(first.id) == 53 and first.object == "response"
+    assert (first.status, first.metadata, first.store) == ("incomplete", {"who": "me"}, True)
+    assert first.incomplete_details.reason == "max_output_tokens" and first.output[0].status == "incomplete"
+    assert first.usage.output_tokens == 12 and first.usage.total_tokens == first.usage.input_tokens + 12
+    assert ai.responses.retrieve(first.id) == first
+    again = ask(ai, "And now?", previous_response_id=first.id, instructions="Be brief.")
+    assert again.previous_response_id == first.id and again.usage.input_tokens > first.usage.total_tokens
+    listed = list(ai.responses.input_items.list(again.id, order="asc"))
+    assert [item.role for item in listed] == ["user", "assistant", "user"]
+    assert listed[1].content[0].text == first.output_text and listed[1].id == first.output[0].id
+    assert [i.id for i in ai.responses.input_items.list(again.id, limit=2)] == [i.id for i in reversed(listed)]
+    only = ai.responses.input_items.list(again.id, order="asc", after=listed[0].id, limit=1)
+    assert only.data == [listed[1]] and only.has_more
+
+
+def test_the_next_turn_finds_the_tokens_of_the_one_before(ai: OpenAI) -> None:
+    """Its prompt and its answer."""
+    before = ask(ai, "A turn with a few words in it.", max_output_tokens=40, text=LETTERS)
+    for number in range(4):
+        after = ask(ai, f"Word {number}.", previous_response_id=before.id, text=LETTERS, max_output_tokens=20 + number)
+        whole = (before.usage.total_tokens - 1) // BLOCK * BLOCK
+        assert after.usage.input_tokens_details.cached_tokens >= whole > 0
+        assert own(after)["reusable_tokens"] == before.usage.total_tokens
+        assert own(after)["miss_reason"] is None and own(after)["hit_tokens_by_tier"]["device"] >= whole
+        assert after.prompt_cache_diagnostics.type == "cache_hit"
+        before = after
+
+
+def test_a_miss_has_its_reason_in_openais_words(ai: OpenAI, tiny: Live) -> None:
+    text = "Something that is long enough to fill blocks."
+    first = ask(ai, text, instructions="One.", max_output_tokens=30, text=LETTERS)
+    others: list[tuple[dict[str, Any], str, list[str]]] = [
+        ({"instructions": "Two."}, "input_changed", ["instructions"]),
+        ({}, "input_changed", ["instructions"]),
+        ({"instructions": "One.", "tools": [WEATHER]}, "tools_changed", ["tools"]),
+        ({"instructions": "Two.", "tools": [WEATHER]}, "tools_changed", ["tools", "instructions"]),
+    ]
+    for fields, reason, changed in others:
+        answer = ask(ai, "Go on.", previous_response_id=first.id, **fields)
+        found = answer.prompt_cache_diagnostics
+        assert (found.type, found.reason) == ("cache_miss", reason)
+        assert own(answer)["changed"] == changed and own(answer)["miss_reason"] == reason
+        assert found.comparison_reusable_tokens == own(answer)["reusable_tokens"] < first.usage.total_tokens
+        assert found.cache_missed_tokens == answer.usage.input_tokens - found.comparison_reusable_tokens
+    same = ask(ai, "Go on.", previous_response_id=first.id, instructions="One.", text={"format": {"type": "text"}})
+    assert same.prompt_cache_diagnostics.type == "cache_hit" and own(same)["changed"] == []
+
+
+def test_a_stream_is_the_official_sequence_and_joins_to_the_whole(ai: OpenAI, tiny: Live) -> None:
+    whole = ask(ai, "Say something.", max_output_tokens=30)
+    events = list(ask(ai, "Say something.", max_output_tokens=30, stream=True))
+    assert [event.sequence_number for event in events] == [*range(len(events))]
+    kinds = [event.type for event in events]
+    opening = ["created", "in_progress", "output_item.added", "content_part.added"]
+    closing = ["output_text.done", "content_part.done", "output_item.done", whole.status]
+    assert kinds[:4] == [f"response.{kind}" for kind in opening]
+    assert kinds[-4:] == [f"response.{kind}" for kind in closing]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    text = "".join(event.delta for event in events[4:-4])
+    assert text == events[-4].text == events[-1].response.output_text == whole.output_text
+    assert ai.responses.retrieve(events[0].response.id) == events[-1].response
+    raw = tiny.ask("/v1/responses", {**ASKED, "input": "Say.", "stream": True}).text
+    frames = [frame.split("\ndata: ") for frame in raw.strip().split("\n\n")]
+    assert all(head == f"event: {json.loads(data)['type']}" for head, data in frames)
+    assert all(is_documented("ResponseEvent", json.loads(data)) for _, data in frames)
+    forced = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 200}
+    with ai.responses.stream(**{**ASKED, **forced}, input="Rome?") as helped:  # it insists on response.completed
+        assert json.loads(helped.get_final_response().output[0].arguments)["city"] in ("Rome", "Oslo")
+
+
+def test_answers_are_as_documented(tiny: Live) -> None:
+    for fields in ({}, {"tools": [WEATHER], "tool_choice": "required"}, {"store": False}, {"seed": 1, "top_k": 5}):
+        answer = tiny.ask("/v1/responses", {**ASKED, "input": "x", "max_output_tokens": 60, **fields})
+        assert answer.status_code == 200, answer.text
+        assert is_documented("ResponseReply", answer.json()), answer.text
+    kept = tiny.ask("/v1/responses", {**ASKED, "input": "x"}).json()["id"]
+    assert is_documented("ResponseReply", tiny.http.get(f"/v1/responses/{kept}").json())
+    assert is_documented("ItemsReply", tiny.http.get(f"/v1/responses/{kept}/input_items").json())
+    assert is_documented("DeletedReply", tiny.http.delete(f"/v1/responses/{kept}").json())
+
+
+def test_functions_are_called_and_answered(ai: OpenAI) -> None:
+    forced = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 200}
+    first = ask(ai, "The weather in Rome?", **forced)
+    assert [item.type for item in first.output] == ["function_call"] and first.status == "completed"
+    call = first.output[0]
+    assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "22 degrees"}
+    after = ask(ai, [result], previous_response_id=first.id, tools=[WEATHER])
+    items = list(ai.responses.input_items.list(after.id, order="asc"))
+    assert [item.type for item in items] == ["message", "function_call", "function_call_output"]
+    events = list(ask(ai, "The weather in Rome?", **forced, stream=True))
+    told = [event.type.removeprefix("response.") for event in events]
+    assert told[2:-1] == [
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+    ]
+    assert events[3].delta == events[4].arguments == events[5].item.arguments
+    named = ask(ai, "x", tools=[WEATHER], tool_choice={"type": "function", "name": "weather"}, max_output_tokens=200)
+    assert named.output[0].type == "function_call"
+
+
+def test_a_schema_binds_the_text(ai: OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wanted = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    answer = ask(ai, "A number.", text=wanted, max_output_tokens=100)
+    assert json.loads(answer.output_text)["a"] in (1, 2) and answer.status == "completed"
+    assert answer.text.format.name == "x"
+
+
+def test_what_is_not_stored_is_not_there(ai: OpenAI) -> None:
+    answer = ask(ai, "Forget this.", store=False)
+    assert answer.store is False
+    with pytest.raises(NotFoundError) as caught:
+        ai.responses.retrieve(answer.id)
+    assert caught.value.body["param"] == "response_id"
+    with pytest.raises(NotFoundError) as caught:
+        ask(ai, "More.", previous_response_id=answer.id)
+    assert (caught.value.body["param"], caught.value.code) == ("previous_response_id", "state_not_found")
+
+
+def test_a_response_outlives_the_one_that_it_continued(ai: OpenAI) -> None:
+    first = ask(ai, "One.")
+    second = ask(ai, "Two.", previous_response_id=first.id)
+    assert ai.responses.delete(first.id) is None
+    for gone in (lambda: ai.responses.retrieve(first.id), lambda: ai.responses.delete(first.id)):
+        with pytest.raises(NotFoundError):
+            gone()
+    third = ask(ai, "Three.", previous_response_id=second.id)
+    texts = [i.content[0].text for i in ai.responses.input_items.list(third.id, order="asc")]
+    assert texts == ["One.", first.output_text, "Two.", second.output_text, "Three."]
+    assert own(third)["miss_reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_x", "conversation": "conv_x"}, "previous_response_id"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"background": True}, "background"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": "a\0b"}, "input"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "x"}]}, "input"),
+        ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice.name"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}}, "text.format"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 1, "min_tokens": 2}, "min_tokens"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+        ({"prompt_cache_key": ""}, "prompt_cache_key"),
+        ({"input": "x" * 100_000}, "input"),
+        ({"input": "x" * 20_000}, "input"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(tiny: Live, fields: dict[str, Any], param: str) -> None:
+    answer = tiny.ask("/v1/responses", {**ASKED, "input": "x", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert_at_rest(tiny.server)
+
+
+def test_ids_that_are_none_are_not_there(ai: OpenAI, tiny: Live) -> None:
+    for bad in ("x", "resp_" + "0" * 48, "resp_../x", "resp_" + "A" * 48, "conv_" + "0" * 32, "name@1"):
+        with pytest.raises(NotFoundError):
+            ask(ai, "x", previous_response_id=bad)
+        with pytest.raises(NotFoundError):
+            ask(ai, "x", conversation=bad)
+        assert tiny.http.get(f"/v1/responses/{bad}").status_code == 404
+    assert_at_rest(tiny.server)

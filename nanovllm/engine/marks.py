@@ -57,8 +57,10 @@ class StepMarks:
     def collected(self, batch: ScheduledBatch) -> None:
         """The step's tokens are there, not yet appended; its counters still say what it computed."""
         now_ns = self.clock.now_ns()
-        if self.costs is not None:
-            self.costs.observe(batch.num_tokens, (now_ns - self._launch_ns) / 1_000_000)
+        if self.costs is not None and batch.num_tokens > len(batch):
+            work = [(seq.num_cached_tokens, seq.num_scheduled_tokens) for seq in batch.seqs]
+            pairs = sum(new * (cached + new / 2) for cached, new in work)
+            self.costs.observe(batch.num_tokens, (now_ns - self._launch_ns) / 1_000_000, pairs)
         for seq in batch.seqs:
             completes = seq.num_scheduled_tokens == seq.num_remaining_tokens
             if seq.is_prefilling:

@@ -31,7 +31,7 @@ from nanovllm.core.cache_dir import cache_dir
 logger = logging.getLogger("nanovllm")
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "kernels.c",)
+SOURCES = (FOLDER / "kernels.c", FOLDER / "grouped.c")
 HEADERS = (FOLDER / "vectors.h", FOLDER / "prefill.h")
 DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall")
@@ -54,6 +54,15 @@ class StepArgs(ctypes.Structure):
         ("threads", COUNT),
         ("scale", REAL),
         *((name, ADDRESS) for name in ("qkv", "kv", "cos", "sin", "out")),
+    )
+
+
+class GroupedArgs(ctypes.Structure):
+    """`grouped_args` of grouped.c, field by field."""
+
+    _fields_ = (
+        *((name, ADDRESS) for name in ("codes", "scales", "offsets", "bias", "x", "y")),
+        *((name, COUNT) for name in ("rows", "inputs", "outputs", "bits")),
     )
 
 
@@ -157,6 +166,7 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     library.add_norm.argtypes = (*[ADDRESS] * 4, COUNT, COUNT, REAL, ADDRESS, ctypes.c_int)
     library.silu_mul.argtypes = (ADDRESS, ADDRESS, COUNT, COUNT, ADDRESS, ctypes.c_int)
     library.attend_layer.argtypes = (ctypes.POINTER(StepArgs),)
-    for function in (library.add_norm, library.silu_mul, library.attend_layer):
+    library.grouped_linear.argtypes = (ctypes.POINTER(GroupedArgs), ADDRESS, ctypes.c_int)
+    for function in (library.add_norm, library.silu_mul, library.attend_layer, library.grouped_linear):
         function.restype = None
     return library

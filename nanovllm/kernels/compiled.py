@@ -18,7 +18,10 @@ import torch
 from nanovllm.kernels import c_library
 from nanovllm.kernels.c_library import DEFINES, StepArgs
 from nanovllm.kernels.cpu import CpuKernels
-from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, StepLayout
+from nanovllm.kernels.grouped_linear import GroupedLinear, can_group
+from nanovllm.kernels.grouped_weight import GroupedWeight
+from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Linear, StepLayout
+from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedPlan
 
 LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
@@ -42,6 +45,15 @@ class CompiledKernels(CpuKernels):
     def __init__(self, instructions: list[str] | None = None) -> None:
         self._libraries = {dtype: c_library.load(dtype, instructions) for dtype in DEFINES}
         self._parallel = c_library.parallel()
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
+        """Few rows in bfloat16 are computed from the groups of a quantised file, where there are any."""
+        packed = super().linear(weight, bias)
+        if not isinstance(packed, PackedLinear) or weight.dtype != torch.bfloat16:
+            return packed
+        if grouped is None or not can_group(grouped):
+            return packed
+        return GroupedLinear(grouped, bias, packed, self._libraries[weight.dtype], self._parallel)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """One pass, float32 inside."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.grouped_linear import GroupedLinear
+from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import Linear
-from nanovllm.kernels.packed_linear import PackedLinear, sizes
+from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedKernels
 from nanovllm.kernels.reference import ReferenceKernels
 
@@ -21,15 +23,15 @@ class CpuKernels(PagedKernels):
 
     name = "cpu"
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
         """`weight` is copied into oneDNN's layout; the caller may drop its own copy."""
         if not _can_pack(weight.dtype):
             return ReferenceKernels.linear(self, weight, bias)
         return PackedLinear(weight, bias)
 
-    def padded(self, ids: torch.Tensor) -> torch.Tensor:
+    def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
         """Up to the next number of rows that is compiled anyhow, here once rather than in every linear."""
-        missing = sum(sizes(len(ids))) - len(ids)
+        missing = linear.rows(len(ids)) - len(ids) if isinstance(linear, PackedLinear | GroupedLinear) else 0
         return torch.cat((ids, ids[:1].expand(missing))) if missing else ids
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

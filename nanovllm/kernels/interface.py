@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nanovllm.kernels.grouped_weight import GroupedWeight
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -59,11 +61,14 @@ class Kernels(Protocol):
 
     name: str
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it."""
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
+        """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it.
+
+        `grouped` is the same weight before it was rounded to `weight`'s type, where a quantised file has it.
+        """
         ...
 
-    def padded(self, ids: torch.Tensor) -> torch.Tensor:
+    def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
         """`ids` [N], or with some of them repeated behind: a number of rows that `linear` takes without copies.
 
         Rows beyond the N of a step's plan are computed with the others, and mean nothing.

@@ -40,6 +40,10 @@ class PackedLinear:
         outs = [self.product(piece) for piece in pieces(x)]
         return (outs[0] if len(outs) == 1 else torch.cat(outs))[:rows]
 
+    def rows(self, count: int) -> int:
+        """How many rows it computes for `count`."""
+        return sum(sizes(count))
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The compiled product, for a number of rows out of `ROW_COUNTS`."""
         return self._product(x, self._weight, self._bias, "none", [], "")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Linear, StepLayout
 
 
@@ -28,11 +29,11 @@ class ReferenceKernels:
 
     name = "reference"
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
         """Unpacked matrix product."""
         return lambda x: F.linear(x, weight, bias)
 
-    def padded(self, ids: torch.Tensor) -> torch.Tensor:
+    def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As they are."""
         return ids
 

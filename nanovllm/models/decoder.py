@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Kernels, Linear
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.weights import WeightSource
@@ -50,7 +51,8 @@ class WeightReader:
         """One linear of the weights `parts` stacked along their outputs."""
         weight = torch.cat([self.tensor(f"{prefix}.{part}.weight") for part in parts])
         stacked_bias = torch.cat([self.tensor(f"{prefix}.{part}.bias") for part in parts]) if bias else None
-        return self.kernels.linear(weight, stacked_bias)
+        grouped = GroupedWeight.stacked([self.source.grouped(f"{prefix}.{part}.weight") for part in parts])
+        return self.kernels.linear(weight, stacked_bias, grouped)
 
 
 class DecoderModel:
@@ -69,8 +71,9 @@ class DecoderModel:
         self.embedding = reader.tensor("model.embed_tokens.weight")  # [vocab, hidden]
         self.layers = [self.read_layer(reader, i) for i in range(config.num_layers)]
         self.final_norm = reader.tensor("model.norm.weight")  # [hidden]
-        head = self.embedding if config.tie_word_embeddings else reader.tensor("lm_head.weight")
-        self.head = kernels.linear(head, None)  # [M, hidden] -> [M, vocab]
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        head = self.embedding if config.tie_word_embeddings else reader.tensor(name)
+        self.head = kernels.linear(head, None, source.grouped(name))  # [M, hidden] -> [M, vocab]
         self.inv_freq = config.inv_freq().to(device)  # [D / 2]
         self.geometry = AttentionGeometry(
             config.num_heads,
@@ -99,8 +102,9 @@ class DecoderModel:
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
     ) -> torch.Tensor:
         """token_ids, positions [N]; `last` [M] are the tokens whose successor is wanted. Returns logits [M, vocab]."""
-        x = F.embedding(self.kernels.padded(token_ids), self.embedding)  # [N, hidden], or some more rows
-        cos, sin = self.rotations(self.kernels.padded(positions))
+        linear = self.layers[0].qkv
+        x = F.embedding(self.kernels.padded(token_ids, linear), self.embedding)  # [N, hidden], or some more rows
+        cos, sin = self.rotations(self.kernels.padded(positions, linear))
         delta = torch.zeros_like(x)  # what the last linear adds to x; summed where x is normalised next
         for i, layer in enumerate(self.layers):
             x, normed = self.add_norm(x, delta, layer.input_norm)

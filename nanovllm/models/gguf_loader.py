@@ -21,8 +21,10 @@ from gguf.constants import GGMLQuantizationType as Q
 from gguf.quants import dequantize
 
 from nanovllm.errors import ModelFileError
+from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.models.config_limits import unsupported
 from nanovllm.models.fields import Fields
+from nanovllm.models.gguf_groups import grouped_rows
 from nanovllm.models.gguf_header import TensorInfo, parse_header
 from nanovllm.models.weights import missing_tensor, sample
 
@@ -95,6 +97,16 @@ class GGUFSource:
             return _half_split(tensor, self._rotary_heads[projection], name)
         return tensor
 
+    def grouped(self, name: str) -> GroupedWeight | None:
+        info = self._info(name)
+        rows = np.frombuffer(self._stored(info), np.uint8).reshape(info.shape[0], -1)
+        weight = grouped_rows(rows, info.type) if len(info.shape) == 2 else None
+        projection = name.removesuffix(".weight").rpartition(".")[2]
+        if weight is None or projection not in self._rotary_heads:
+            return weight
+        order = _half_split(torch.arange(info.shape[0]), self._rotary_heads[projection], name)
+        return weight.reordered(order.numpy())
+
     def rope_factors(self) -> list[float] | None:
         """Divisors of the rotary frequencies (Llama 3.1 stores its scaling so), [head_dim / 2]."""
         if self._rope_factors is None:
@@ -121,13 +133,16 @@ class GGUFSource:
         return self._tensors[name]
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
-        # Slicing a mapping copies, so the tensor outlives close() and may be written to.
-        stored = bytearray(self._data[info.start : info.start + info.size])
+        stored = self._stored(info)
         if info.type in _PLAIN:
             return torch.frombuffer(stored, dtype=_PLAIN[info.type]).reshape(info.shape)
         rows = np.frombuffer(stored, np.uint8).reshape(*info.shape[:-1], -1)
         with np.errstate(all="ignore"):  # damaged scales may overflow; the values are then merely wrong
             return torch.from_numpy(dequantize(rows, info.type)).reshape(info.shape)
+
+    def _stored(self, info: TensorInfo) -> bytearray:
+        # Slicing a mapping copies, so the tensor outlives close() and may be written to.
+        return bytearray(self._data[info.start : info.start + info.size])
 
 
 def _rotary_heads(metadata: dict[str, Any]) -> dict[str, int]:

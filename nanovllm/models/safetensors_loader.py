@@ -22,6 +22,7 @@ import safetensors
 import torch
 
 from nanovllm.errors import ModelFileError
+from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.models.config_limits import unsupported
 from nanovllm.models.json_file import read_json, strict_loads
 from nanovllm.models.weights import missing_tensor, sample
@@ -72,6 +73,9 @@ class SafetensorsSource:
             return self._open[file].get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
             raise _bad(file, str(error)) from error
+
+    def grouped(self, name: str) -> GroupedWeight | None:
+        return None  # nothing is quantised
 
     def fingerprint(self) -> str:
         digest = self._headers.copy()

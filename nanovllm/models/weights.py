@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from nanovllm.errors import ModelFileError, UnsupportedModelError
+from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.models.model_config import ModelConfig
 
 # Tables recomputed from the config; old checkpoints carry them along.
@@ -39,6 +40,10 @@ class WeightSource(Protocol):
 
         The caller must not write to it: it may alias the file. ModelFileError if missing.
         """
+        ...
+
+    def grouped(self, name: str) -> GroupedWeight | None:
+        """The same tensor as the file's own whole numbers in groups; None where it has none, or other ones."""
         ...
 
     def fingerprint(self) -> str:
@@ -157,6 +162,10 @@ class RandomSource:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         values = torch.randn(shape, generator=generator, dtype=torch.float32)
         return values * self._scale(name, shape)
+
+    def grouped(self, name: str) -> GroupedWeight | None:
+        """Nothing is quantised."""
+        return None
 
     @staticmethod
     def _scale(name: str, shape: tuple[int, ...]) -> float:

@@ -24,9 +24,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache in which nothing was compiled yet, and a source of the same three names that compiles at once."""
+    """A cache in which nothing was compiled yet, and a source of the same four names that compiles at once."""
     source = tmp_path / "kernels.c"
-    source.write_text("void add_norm(void) {} void silu_mul(void) {} void attend_layer(void) {}")
+    source.write_text(
+        "".join(f"void {name}(void) {{}} " for name in ("add_norm", "silu_mul", "attend_layer", "grouped_linear"))
+    )
     monkeypatch.setattr(c_library, "SOURCES", (source,))
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kernels"

@@ -216,10 +216,10 @@ def test_rows_beyond_the_plan_are_ignored(kernels: Kernels, step: Step, extra: i
 
 @given(count=st.integers(0, 3000))
 def test_padding_a_step_keeps_its_tokens_first(count: int) -> None:
-    ids = torch.arange(count)
-    padded = CpuKernels().padded(ids)
+    ids, linear = torch.arange(count), CpuKernels().linear(torch.zeros(16, 16), None)
+    padded = CpuKernels().padded(ids, linear)
     assert torch.equal(padded[:count], ids) and len(padded) < count + 8
-    assert len(CpuKernels().padded(padded)) == len(padded)  # no linear pads again
+    assert len(CpuKernels().padded(padded, linear)) == len(padded)  # no linear pads again
 
 
 @fast

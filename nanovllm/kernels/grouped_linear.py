@@ -1,0 +1,57 @@
+"""A linear that computes few rows from grouped weights, and more from the packed one beside it.
+
+What it is: the choice between two products by the number of rows. What it knows nothing about: models.
+Invariants: up to `FEW` rows are computed from the codes, in bfloat16's build only: float32 has one product for any
+number of rows, so that a row's result is the same bits whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from nanovllm.kernels.c_library import GroupedArgs
+from nanovllm.kernels.grouped_weight import GroupedWeight
+from nanovllm.kernels.packed_linear import PackedLinear
+
+FEW, MAX_IN, INPUTS, OUTPUTS = 4, 32768, 64, 16  # as in grouped.c
+
+
+def can_group(weight: GroupedWeight) -> bool:
+    """Whether grouped.c takes a weight of this shape."""
+    outputs, inputs = weight.codes.shape
+    return inputs % INPUTS == 0 and inputs <= MAX_IN and outputs % OUTPUTS == 0
+
+
+class GroupedLinear:
+    """x [N, in] -> [N, out]."""
+
+    def __init__(
+        self,
+        weight: GroupedWeight,
+        bias: torch.Tensor | None,
+        packed: PackedLinear,
+        library: ctypes.CDLL,
+        parallel: int | None,
+    ) -> None:
+        self._packed, self._library, self._parallel = packed, library, parallel
+        self._outputs, self._inputs = weight.codes.shape
+        self._arrays = (weight.words(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets), bias)
+        self._addresses = [None if array is None else array.data_ptr() for array in self._arrays]
+        self._bits = weight.bits
+
+    def rows(self, count: int) -> int:
+        """How many rows it computes for `count`."""
+        return count if count <= FEW else self._packed.rows(count)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > FEW:
+            return self._packed(x)
+        x = x.contiguous()
+        y = x.new_empty(x.shape[0], self._outputs)
+        args = GroupedArgs(
+            *self._addresses, x.data_ptr(), y.data_ptr(), x.shape[0], self._inputs, self._outputs, self._bits
+        )
+        self._library.grouped_linear(ctypes.byref(args), self._parallel, torch.get_num_threads())
+        return y

@@ -1,0 +1,57 @@
+"""A weight as a quantised file has it: whole numbers in groups of 32 that share a scale and an offset.
+
+What it is: plain arrays, and how two of them are stacked. What it knows nothing about: file formats, products.
+Invariant: `code * scale + offset`, in float32, is the weight that the file stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+GROUP = 32
+LANES = 16
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """codes [out, in] below 2 ** bits; scales, offsets [out, in / GROUP] float32; bits 4 or 8."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.float32]
+    bits: int
+
+    @classmethod
+    def stacked(cls, parts: Sequence[GroupedWeight | None]) -> GroupedWeight | None:
+        """Along their outputs; None where one of them is not grouped, or they differ in bits."""
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or len({part.bits for part in known}) != 1:
+            return None
+        return cls(
+            np.concatenate([part.codes for part in known]),
+            np.concatenate([part.scales for part in known]),
+            np.concatenate([part.offsets for part in known]),
+            known[0].bits,
+        )
+
+    def reordered(self, rows: NDArray[np.int64]) -> GroupedWeight:
+        """The same weight with its outputs in another order."""
+        return GroupedWeight(self.codes[rows], self.scales[rows], self.offsets[rows], self.bits)
+
+    def restored(self) -> torch.Tensor:
+        """The weight itself, float32 [out, in]."""
+        scales, offsets = np.repeat(self.scales, GROUP, axis=1), np.repeat(self.offsets, GROUP, axis=1)
+        return torch.from_numpy(self.codes.astype(np.float32) * scales + offsets)
+
+    def words(self) -> torch.Tensor:
+        """The codes as grouped.c reads them: int16 [out, in * bits / 16]."""
+        per_word = 16 // self.bits
+        runs = self.codes.reshape(len(self.codes), -1, per_word, LANES).astype(np.uint16)
+        shifts = (np.arange(per_word, dtype=np.uint16) * self.bits)[:, None]
+        words = np.bitwise_or.reduce(runs << shifts, axis=2)
+        return torch.from_numpy(words.reshape(len(self.codes), -1).view(np.int16))

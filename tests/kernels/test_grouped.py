@@ -1,0 +1,95 @@
+"""Weights that stay in the groups of a quantised file: what they stand for, and the product of few rows with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Q
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.kernels import c_library
+from nanovllm.kernels.compiled import CompiledKernels
+from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
+from nanovllm.kernels.grouped_weight import GROUP, GroupedWeight
+from nanovllm.kernels.packed_linear import PackedLinear
+from nanovllm.models.gguf_groups import grouped_rows
+
+
+def drawn(outputs: int, inputs: int, bits: int, seed: int = 0) -> GroupedWeight:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2**bits, (outputs, inputs), np.uint8)
+    scales = rng.uniform(0.001, 0.02, (outputs, inputs // GROUP)).astype(np.float32)
+    return GroupedWeight(codes, scales, -scales * 2 ** (bits - 1), bits)
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0])
+def test_groups_stand_for_what_the_file_does(kind: Q) -> None:
+    rows = quantize(np.random.default_rng(1).normal(size=(16, 128)).astype(np.float32), kind)
+    weight = grouped_rows(rows, kind)
+    assert weight is not None and weight.codes.shape == (16, 128)
+    np.testing.assert_allclose(weight.restored().numpy(), dequantize(rows, kind), rtol=0, atol=1e-6)
+
+
+def test_other_types_and_damaged_scales_are_no_groups() -> None:
+    assert grouped_rows(np.zeros((2, 210), np.uint8), Q.Q6_K) is None
+    damaged = quantize(np.ones((2, 64), np.float32), Q.Q4_1)
+    damaged[0, :2] = (0x00, 0x7C)  # an infinite scale
+    assert grouped_rows(damaged, Q.Q4_1) is None
+
+
+def test_parts_are_stacked_only_where_they_agree() -> None:
+    a, b = drawn(16, 64, 4), drawn(32, 64, 4, seed=1)
+    both = GroupedWeight.stacked([a, b])
+    assert both is not None and torch.equal(both.restored(), torch.cat((a.restored(), b.restored())))
+    assert GroupedWeight.stacked([a, drawn(16, 64, 8)]) is None and GroupedWeight.stacked([a, None]) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, FEW),
+    inputs=st.integers(1, 12),
+    outputs=st.integers(1, 9),
+    bits=st.sampled_from((4, 8)),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_the_product_is_that_of_the_restored_weight(
+    rows: int, inputs: int, outputs: int, bits: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    weight = drawn(outputs * 16, inputs * 64, bits)
+    x = torch.randn(rows, inputs * 64).to(dtype)
+    bias = torch.randn(outputs * 16).to(dtype) if has_bias else None
+    packed = PackedLinear(torch.zeros(outputs * 16, inputs * 64), None)
+    linear = GroupedLinear(weight, bias, packed, c_library.load(dtype), c_library.parallel())
+    expected = x.double() @ weight.restored().double().T + (0 if bias is None else bias.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance)
+    alone = torch.cat([linear(x[i : i + 1]) for i in range(rows)])
+    assert torch.equal(linear(x), alone)  # neighbours change no bit
+
+
+def test_only_bfloat16_and_only_few_rows_use_the_groups() -> None:
+    kernels, weight = CompiledKernels(), drawn(32, 128, 4)
+    plain = weight.restored()
+    assert isinstance(kernels.linear(plain, None, weight), PackedLinear)
+    odd = drawn(24, 128, 4)
+    rounded = plain.bfloat16()
+    linear = kernels.linear(rounded, None, weight)
+    if not isinstance(linear, GroupedLinear):
+        return  # no bfloat16 products on this processor
+    assert not isinstance(kernels.linear(odd.restored().bfloat16(), None, odd), GroupedLinear)
+    assert linear.rows(FEW) == FEW and linear.rows(FEW + 1) > FEW
+    x = torch.randn(FEW + 1, 128).bfloat16()
+    torch.testing.assert_close(linear(x)[:1], linear(x[:1]), rtol=0.02, atol=0.02)
+
+
+def test_the_default_model_decodes_from_its_groups() -> None:
+    with LLM("smollm2", dtype="bfloat16", num_blocks=64, max_model_len=256) as llm:
+        model = llm.engine.runner.model  # type: ignore[attr-defined]
+        assert isinstance(model.head, GroupedLinear | PackedLinear)
+        out = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=12))[0]
+    assert "Paris" in out.text

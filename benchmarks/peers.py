@@ -14,6 +14,7 @@ missing, with the reason. docs/benchmarks.md says what each row means, and what 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -28,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers.comparison import Record, compare
-from peers.engines import BY_NAME, OURS, PEERS, Engine, Missing, python_of
+from peers.engines import OURS, PEERS, Engine, Missing, python_of
 from peers.report import document, print_report
 from peers.rows import make_rows
 from peers.visits import Place, Worker, measure, visit
 from peers.weights import exported
 
+from nanovllm.config import parse_setting
 from nanovllm.core.cache_dir import cache_dir
 
 
@@ -41,7 +43,7 @@ def main() -> int:
     """Parse, build, measure, print. Exit code 1 where a peer that was asked for is missing."""
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a worker is ended with us
-    engines = [OURS, *(BY_NAME[name] for name in args.peers)]
+    engines = [ours(args), *(peer for peer in PEERS if peer.name in args.peers)]
     rows = [row for row in make_rows(args.shrink) if row.name in args.only]
     pythons, missing = build(engines, args.envs)
     if args.build:
@@ -59,6 +61,8 @@ def main() -> int:
     compare(rows, ready, args.repeats, record, open_visit, measure, args.resume)
     found = document(rows, record)
     print_report(rows, engines, found)
+    for name, reason in record.missing.items():
+        print(f"{name} is missing: {reason}", file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))
@@ -75,12 +79,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--ours", choices=["file", "export"], default="file", help="this engine reads the GGUF or bf16")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of this engine, all rows")
     parser.add_argument("--envs", type=Path, default=cache_dir() / "peers", help="where environments and weights lie")
     parser.add_argument("--build", action="store_true", help="make the environments and measure nothing")
     parser.add_argument("--shrink", type=int, default=1, help="divide all sizes: shows that it runs, measures nothing")
     parser.add_argument("--resume", type=Path, help="a file that keeps what is measured; go on from it if it exists")
     parser.add_argument("--json", type=Path, help="also write the JSON document here")
     return parser.parse_args()
+
+
+def ours(args: argparse.Namespace) -> Engine:
+    """This engine in the one configuration that serves every row."""
+    chosen = dict(pair.split("=", 1) for pair in args.set)
+    own = {"engine": {name: parse_setting(name, text) for name, text in chosen.items()}}
+    return dataclasses.replace(OURS, settings=own, takes_gguf=args.ours == "file")
 
 
 def build(engines: list[Engine], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -101,6 +114,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "max_model_len": args.max_model_len,
         "shrink": args.shrink,
+        "ours": {"weights": args.ours, "set": args.set},
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
     }
 

@@ -38,6 +38,7 @@ class Engine:
     environment: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     takes_gguf: bool = False
+    takes_safetensors: bool = True
     one_sequence: bool = False
 
 
@@ -61,11 +62,11 @@ PEERS = (
         needs_torch=False,
         build={"CMAKE_ARGS": " ".join(f"-DGGML_{flag}" for flag in LLAMA_FLAGS)},
         takes_gguf=True,
+        takes_safetensors=False,
         one_sequence=True,
     ),
     Engine("transformers", "transformers_worker.py", ("transformers==5.23.0", "accelerate")),
 )
-BY_NAME = {engine.name: engine for engine in (OURS, *PEERS)}
 
 
 def python_of(engine: Engine, folder: Path) -> str:

@@ -38,9 +38,9 @@ class Place:
 
     def settings(self, engine: Engine, is_capped: bool) -> dict[str, Any]:
         """What a worker is told."""
-        model = self.gguf if engine.takes_gguf else self.weights
-        if model is None:
-            raise Missing("the model is no GGUF file")
+        model = self.gguf if engine.takes_gguf and self.gguf is not None else self.weights
+        if model is self.weights and not engine.takes_safetensors:
+            raise Missing(f"{engine.name} reads GGUF files only, and the model is none")
         return {
             "model": str(model),
             "dtype": "float32" if is_capped else "bfloat16",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,17 +46,17 @@ class Worker:
 
     def about(self) -> dict[str, Any]:
         """What is set, and what the machine made of it."""
-        config = self.llm.config
+        config, model = self.llm.config, self.engine.runner.model
         return {
             "versions": {"nanovllm": __version__, "torch": torch.__version__},
-            "kernels": self.engine.runner.model.kernels.name,
+            "kernels": model.kernels.name,
+            "linears": type(model.head).__name__,
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_prefill_chunk": config.max_prefill_chunk,
             "prefix_mode": config.prefix_mode,
             "block_size": config.block_size,
-            "cpu_affinity": len(os.sched_getaffinity(0)),
         }
 
 

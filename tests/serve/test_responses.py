@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
@@ -11,14 +10,12 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from nanovllm.serve.openapi import document
-from tests.serve.servers import ASK_S, LiveServer, assert_at_rest
+from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, ai, ask, clients, own
+from tests.serve.servers import assert_at_rest
 from tests.serve.surface import Live
 
-Factory = Callable[..., LiveServer]
+__all__ = ["ai", "clients"]  # fixtures
 DOCUMENT = document()
-BLOCK = 16
-ASKED = {"model": "tiny:random", "temperature": 0, "max_output_tokens": 12}
-LETTERS = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "string", "pattern": "^[a-z]{200}$"}}}
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -26,27 +23,9 @@ WEATHER = {
 }
 
 
-def client_of(live: LiveServer | Live, key: str = "unused") -> OpenAI:
-    url = live.url if isinstance(live, Live) else live.server.url
-    return OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=ASK_S)
-
-
 def is_documented(name: str, value: Any) -> bool:
     schema = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
     return jsonschema_rs.validator_for(schema).is_valid(value)
-
-
-@pytest.fixture
-def ai(tiny: Live) -> OpenAI:
-    return client_of(tiny)
-
-
-def ask(ai: OpenAI, said: Any, **more: Any) -> Any:
-    return ai.responses.create(**{**ASKED, "input": said, **more})
-
-
-def own(response: Any) -> dict[str, Any]:
-    return response.usage.model_extra["nanovllm"]
 
 
 def test_a_turn_is_kept_continued_and_given_back(ai: OpenAI) -> None:

@@ -123,7 +123,8 @@ def messages(args: argparse.Namespace) -> list[str]:
 def flags(args: argparse.Namespace, *more: str) -> list[str]:
     """The settings of both servers."""
     threads = [] if args.threads is None else ["--num-threads", str(args.threads)]
-    return [args.model, "--dtype", args.dtype, "--kv-memory", "1GiB", *threads, *more]
+    patience = ["--queue-timeout", "300"]  # a long prefill on a busy machine is no overload
+    return [args.model, "--dtype", args.dtype, "--kv-memory", "1GiB", *patience, *threads, *more]
 
 
 def conversation(args: argparse.Namespace) -> Conversation:

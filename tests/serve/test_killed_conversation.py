@@ -34,7 +34,9 @@ def assert_goes_on(told: dict[str, Any], turns: int) -> None:
     for row in later:
         assert set(row["hits"]) == {"disk"} and row["cached_tokens"] == row["hits"]["disk"]
         assert row["disk_share"] >= 0.9
-    assert [row["prompt_tokens"] for row in told["rows"]] == sorted(row["prompt_tokens"] for row in told["rows"])
+    for growing in ("prompt_tokens", "kv_bytes"):
+        assert [row[growing] for row in told["rows"]] == sorted({row[growing] for row in told["rows"]})
+    assert all(row["t_queue_ms"] > 0 for row in told["rows"])
 
 
 def test_three_turns_each_on_a_server_of_its_own(tmp_path: Path) -> None:

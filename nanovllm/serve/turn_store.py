@@ -23,6 +23,7 @@ from nanovllm.errors import (
     SessionQuotaError,
     StateConflictError,
     StateNotFoundError,
+    StateRefusedError,
 )
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.context import Tenant
@@ -102,8 +103,12 @@ class TurnStore:
     async def keep(self, tenant: Tenant, session: Session, name: str | None = None) -> str:
         """Store it; its state id. Raises StateRefusedError, StateConflictError (the name is taken)."""
         metadata = {"kind": KIND, "name": name, "namespace": store_namespace(tenant.owner)}
-        state_id: str = await self._call("put", obj=session, metadata=metadata | {"ttl": self.config.session_ttl})
-        return state_id
+        try:
+            state_id = await self._call("put", obj=session, metadata=metadata | {"ttl": self.config.session_ttl})
+        except StateRefusedError as error:
+            error.receipt = None  # it may tell of others' state: it is the operator's
+            raise
+        return str(state_id)
 
     async def replace(self, tenant: Tenant, kept: Kept, session: Session) -> None:
         """Its next generation. Raises StateConflictError where it has one already, StateNotFoundError."""

@@ -1,0 +1,140 @@
+"""Stored turns on a real folder: over a restart, a kill -9, a deletion, a shutdown, a disk that takes nothing."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from openai import APIError, APIStatusError, NotFoundError
+
+from nanovllm.errors import TierError
+from nanovllm.state.store import StateStore
+from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ask, clients, own, texts
+from tests.serve.servers import LiveServer, ServerProcess, assert_at_rest, running, thread_only, until
+
+__all__ = ["clients"]  # a fixture
+Process = Callable[..., ServerProcess]
+HERON = "the blue heron nests behind the old mill"
+DELETED_S = 5.0
+
+
+def store_of(live: LiveServer) -> StateStore:
+    assert live.engine is not None
+    store: StateStore = live.engine.parts.state.store
+    return store
+
+
+def lies_anywhere(live: LiveServer, chain: tuple[bytes, ...]) -> bool:
+    plane = store_of(live).plane
+    in_tiers = any(any(place.tier.contains(list(chain))) for place in plane.places.values())
+    return in_tiers or any(plane.device is not None and plane.device.holds(digest) for digest in chain)
+
+
+def is_in_files(folder: Path, text: str) -> bool:
+    return any(text.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_restart_goes_on_where_it_stopped(tmp_path: Path, clients: Clients) -> None:
+    with running(state_dir=str(tmp_path), num_blocks=256, state_load="always") as live:
+        ai = clients(live)
+        talk = ai.conversations.create(metadata={"kept": "yes"})
+        first = ask(ai, HERON, conversation=talk.id, text=LETTERS, max_output_tokens=60)
+        alone = ask(ai, "Another.")
+    with running(state_dir=str(tmp_path), num_blocks=256, state_load="always") as live:
+        ai = clients(live)
+        assert ai.responses.retrieve(first.id) == first and ai.responses.retrieve(alone.id) == alone
+        assert ai.conversations.retrieve(talk.id).metadata == {"kept": "yes"}
+        again = ask(ai, "And?", conversation=talk.id, text=LETTERS)
+        assert texts(ai, talk.id) == [HERON, first.output_text, "And?", again.output_text]
+        whole = (first.usage.total_tokens - 1) // BLOCK * BLOCK
+        assert own(again)["hit_tokens_by_tier"] == {"disk": whole} and own(again)["miss_reason"] is None
+        assert_at_rest(live)
+
+
+def test_what_a_client_has_seen_end_outlives_kill_9(tmp_path: Path, process: Process, clients: Clients) -> None:
+    """Killed at the very moment the last event has arrived: text and KV are there."""
+    flags = ("--state-dir", str(tmp_path), "--state-load", "always")
+    server = process(*flags)
+    stream = ask(clients(server), HERON, stream=True, text=LETTERS, max_output_tokens=60)
+    last = list(stream)[-1]
+    server.signal(signal.SIGKILL)
+    server.wait()
+    ai = clients(process(*flags))
+    assert ai.responses.retrieve(last.response.id) == last.response
+    after = ask(ai, "And?", previous_response_id=last.response.id)
+    whole = (last.response.usage.total_tokens - 1) // BLOCK * BLOCK
+    assert own(after)["hit_tokens_by_tier"] == {"disk": whole}
+
+
+@thread_only("it looks into the engine's store")
+def test_a_deletion_leaves_no_byte_in_any_tier(tmp_path: Path, clients: Clients) -> None:
+    with running(state_dir=str(tmp_path), num_blocks=256, state_host_memory="8MiB") as live:
+        ai, store = clients(live), store_of(live)
+        kept = ask(ai, "A turn that stays.", text=LETTERS)
+        gone = ask(ai, HERON, text=LETTERS, max_output_tokens=60)
+        child = ask(ai, "More.", previous_response_id=kept.id)
+        chain = store.find(gone.id, "default").chain
+        shared = store.find(kept.id, "default").chain
+        assert len(chain) >= 4 and lies_anywhere(live, chain) and is_in_files(tmp_path, HERON)
+        started = time.monotonic()
+        ai.responses.delete(gone.id)
+        until(lambda: not lies_anywhere(live, chain[2:]), "blocks outlive their only owner", DELETED_S)
+        until(lambda: not is_in_files(tmp_path, HERON), "the text outlives its deletion", DELETED_S)
+        assert time.monotonic() - started < DELETED_S + 1
+        ai.responses.delete(kept.id)
+        assert lies_anywhere(live, shared), "blocks that a child needs went with the parent"
+        assert ask(ai, "On.", previous_response_id=child.id).usage.input_tokens_details.cached_tokens > 0
+        assert_at_rest(live)
+
+
+def test_a_running_turn_is_kept_while_the_server_drains(tmp_path: Path, clients: Clients) -> None:
+    with running(state_dir=str(tmp_path), num_blocks=256) as live:
+        more = {"input": "x", "stream": True, "extra_body": {"ignore_eos": True}}
+        events = iter(clients(live).responses.create(**{**ASKED, "max_output_tokens": 400}, **more))
+        first = next(events)
+        stopping = threading.Thread(target=live.stop)
+        stopping.start()
+        until(lambda: live.services.engine.state != "ready", "it does not drain")
+        last = list(events)[-1]
+        stopping.join()
+    assert last.type == "response.incomplete" and last.response.id == first.response.id
+    with running(state_dir=str(tmp_path), num_blocks=256) as live:
+        assert clients(live).responses.retrieve(last.response.id) == last.response
+
+
+@thread_only("it breaks the engine's tier")
+def test_a_disk_that_takes_nothing_fails_the_turn_and_not_the_server(
+    tmp_path: Path, clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client hears that its turn was not kept, before it could think that it was."""
+    with running(state_dir=str(tmp_path), num_blocks=256) as live:
+        ai, disk = clients(live), store_of(live).plane.places["disk"].tier
+        kept = ask(ai, "before")
+
+        def fail(items: object) -> None:
+            raise TierError("The disk is broken.")
+
+        monkeypatch.setattr(disk, "write", fail)
+        with pytest.raises(APIStatusError) as caught:
+            ask(ai, "x")
+        assert (caught.value.status_code, caught.value.code) == (507, "state_refused")
+        assert "receipt" not in str(caught.value.response.json())
+        with pytest.raises(APIError) as failed:
+            list(ask(ai, "x", stream=True))
+        assert "not kept" in str(failed.value)
+        assert ask(ai, "x", store=False).status == "incomplete"
+        assert ai.responses.retrieve(kept.id) == kept
+        monkeypatch.undo()
+        assert_at_rest(live)
+
+
+def test_without_a_folder_turns_end_with_the_process(clients: Clients) -> None:
+    with running(num_blocks=256) as live:
+        kept = ask(clients(live), "x")
+        assert clients(live).responses.retrieve(kept.id) == kept
+    with running(num_blocks=256) as live, pytest.raises(NotFoundError):
+        clients(live).responses.retrieve(kept.id)

@@ -76,9 +76,12 @@ def python_of(engine: Engine, folder: Path) -> str:
     home = folder / engine.name
     python, mark = home / "bin" / "python", home / ".built"
     recipe = hashlib.sha256(repr((engine.requirements, engine.removed, engine.build)).encode()).hexdigest()
-    if not (mark.exists() and mark.read_text() == recipe):
-        _build(engine, home, python)
-        mark.write_text(recipe)
+    try:
+        if not (mark.exists() and mark.read_text() == recipe):
+            _build(engine, home, python)
+            mark.write_text(recipe)
+    except OSError as error:
+        raise Missing(f"{home} cannot be written: {error}") from error
     return str(python)
 
 
@@ -92,20 +95,22 @@ def _build(engine: Engine, home: Path, python: Path) -> None:
     steps.append([*pip, "install", *engine.requirements])
     if engine.removed:
         steps.append([*pip, "uninstall", "--yes", *engine.removed])
-    with (home / "build.log").open("w", encoding="utf-8") as log:
-        for step in steps:
-            _run(step, {**os.environ, **engine.build}, log)
+    log = home / "build.log"
+    log.unlink(missing_ok=True)
+    for step in steps:
+        run_step(step, {**os.environ, **engine.build}, log)
 
 
-def _run(command: list[str], environment: dict[str, str], log: Any) -> None:
-    log.write(f"$ {' '.join(command)}\n")
-    log.flush()
+def run_step(command: list[str], environment: dict[str, str], log: Path) -> None:
+    """One command of a build, its output at the end of `log`. Raises Missing."""
     try:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=BUILD_S, check=False)
+        with log.open("a", encoding="utf-8") as file:
+            print("$", *command, file=file, flush=True)
+            done = subprocess.run(command, env=environment, stdout=file, stderr=file, timeout=BUILD_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Missing(f"{command[0]} did not run: {error}") from error
     if done.returncode != 0:
-        raise Missing(f"{' '.join(command[:5])} ended with {done.returncode}: {last_lines(Path(log.name))}")
+        raise Missing(f"{' '.join(command[:5])} ended with {done.returncode}: {last_lines(log)}")
 
 
 def last_lines(path: Path, count: int = 3) -> str:

@@ -36,7 +36,7 @@ def _row(row: Row, record: Record) -> dict[str, Any]:
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
+    return {name: float(f"{statistics.median(run[name] for run in runs):.6g}") for name in runs[0]}
 
 
 def print_report(rows: list[Row], engines: list[Engine], found: dict[str, Any]) -> None:
@@ -61,8 +61,10 @@ def print_report(rows: list[Row], engines: list[Engine], found: dict[str, Any]) 
 
 def _cell(entry: dict[str, Any], name: str) -> str:
     figures = entry["median"].get(name)
-    return "-" if figures is None else f"{figures[entry['figure']]:g}"
+    return "-" if figures is None else f"{figures[entry['figure']]:.4g}"
 
 
 def _text(value: Any) -> str:
-    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_text(part)}" for key, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

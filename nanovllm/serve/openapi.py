@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm import __version__
-from nanovllm.serve import protocol, replies, turn_paths
+from nanovllm.serve import knowledge_paths, protocol, replies, turn_paths
 from nanovllm.serve.response_protocol import ResponseRequest
 
 REFUSALS = {
@@ -50,9 +50,10 @@ _ENDPOINTS: tuple[tuple[str, str, Any, Any, Any, str], ...] = (
     ("/ping", "get", None, replies.StatusReply, None, "The same as /health"),
     ("/version", "get", None, replies.VersionReply, None, "The version of the package"),
     *turn_paths.ENDPOINTS,
+    *knowledge_paths.ENDPOINTS,
 )
-_QUERIES = {**turn_paths.QUERIES}
-_CALLS = {**turn_paths.CALLS}
+_QUERIES = {**turn_paths.QUERIES, **knowledge_paths.QUERIES}
+_CALLS = {**turn_paths.CALLS, **knowledge_paths.CALLS}
 
 
 async def openapi(request: Request) -> Response:

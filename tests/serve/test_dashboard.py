@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.messages import EngineInfo, EngineStats, Finished, RequestView, StateView, Timings
 from nanovllm.serve.app import build_services
 from nanovllm.serve.dashboard import feed as feed_module
-from nanovllm.serve.dashboard.board import ENDED, EVENTS, Board
+from nanovllm.serve.dashboard.board import ENDED, EVENTS, RECEIPTS, Board
 from nanovllm.serve.dashboard.feed import FEED_PATH, MAX_PENDING, MAX_VIEWERS, Viewer
 from nanovllm.serve.dashboard.pages import PAGE_PATHS, PAGES, STATIC
 from tests.serve.servers import LiveServer, assert_alive, assert_at_rest, split, until
@@ -43,6 +43,7 @@ class Watcher:
         self.sets: dict[str, set[int]] = {"cached": set(), "held": set()}
         self.ended: list[Any] = []
         self.events: list[Any] = []
+        self.receipts: list[Any] = []
         self.last: dict[str, Any] = {}
         self.state = ""
 
@@ -66,7 +67,7 @@ class Watcher:
             self.state = message["state"]
             return message
         if message["type"] == "snapshot":
-            self.requests, self.ended, self.events = {}, [], []
+            self.requests, self.ended, self.events, self.receipts = {}, [], [], []
             self.sets = {name: set(message[name]) for name in self.sets}
         else:
             for name, kept in self.sets.items():
@@ -78,6 +79,7 @@ class Watcher:
             self.requests[one["id"]] = {**self.requests.get(one["id"], {}), **one}
         self.ended += message["ended"]
         self.events += message["events"]
+        self.receipts += message["receipts"]
         self.last = message
         return message
 
@@ -164,6 +166,21 @@ def test_the_feed_tells_of_a_request_from_its_arrival_to_its_end(live: LiveServe
         assert "decode_step" not in stages
     assert b"walrus" not in watcher.raw
     assert_alive(live)
+
+
+def test_the_feed_tells_of_the_tiers_and_of_what_was_done_to_state(live: LiveServer) -> None:
+    with watching(live) as watcher:
+        kept = live.ask("POST", "/state/objects", {"text": "a text of nobody", "metadata": {"name": "shown"}}).json
+        watcher.take_until(lambda: any(one["state_id"] == kept["state_id"] for one in watcher.receipts))
+        (receipt,) = [one for one in watcher.receipts if one["state_id"] == kept["state_id"]]
+        assert (receipt["action"], receipt["ok"], receipt["seq"]) == ("put", True, kept["seq"])
+        watcher.take_until(lambda: watcher.last.get("stats", {}).get("tiers", {}).get("host", {}).get("by_kind"))
+        assert watcher.last["stats"]["tiers"].keys() == live.get("/state/tiers").json["tiers"].keys()
+        assert b"a text of nobody" not in watcher.raw
+        live.ask("DELETE", f"/state/objects/{kept['state_id']}")
+        watcher.take_until(lambda: watcher.receipts[-1]["action"] == "drop")
+        numbers = [one["seq"] for one in watcher.receipts]
+        assert numbers == sorted(set(numbers)), "each is told once"
 
 
 def test_shared_blocks_are_in_both_tables(server: Factory) -> None:
@@ -394,6 +411,7 @@ views = st.builds(
     ids,
     st.lists(st.builds(lambda seq: {"seq": seq}, st.integers(0, 99)), max_size=3),
     st.integers(0, 2),
+    st.lists(st.builds(lambda seq: {"seq": seq}, st.integers(0, 99)), max_size=3),
 )
 ends = st.builds(Finished, st.sampled_from(["a", "b"]), timings=st.builds(Timings, st.integers(0, 10**9)))
 
@@ -419,6 +437,7 @@ def test_a_snapshot_and_its_increments_make_the_next_snapshot(steps: list[Any], 
             assert {one["id"]: one for one in now["requests"]} == watcher.requests
             assert {name: set(now[name]) for name in watcher.sets} == watcher.sets
             assert now["ended"] == watcher.ended[-ENDED:] and now["events"] == watcher.events[-EVENTS:]
+            assert now["receipts"] == watcher.receipts[-RECEIPTS:]
 
 
 def test_what_ended_is_bounded_while_nobody_looks() -> None:

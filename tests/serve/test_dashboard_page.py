@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,10 +33,11 @@ COLOURS = """(() => {
 LEGEND = """Object.fromEntries([...document.querySelectorAll('#pool-legend li')].map((item) => [
   item.querySelector('i').className.split(' ')[1], Number(item.querySelector('b').textContent.replaceAll(',', '')),
 ]))"""
-OUTSIDE = """[...document.querySelectorAll('.lane, .figure, #blocks, .chart, table, #events-body')].filter((node) => {
+BOXES = ".lane, .figure, #blocks, .chart, table, #events-body, #receipts, .gauge"
+OUTSIDE = """[...document.querySelectorAll('BOXES')].filter((node) => {
   const own = node.getBoundingClientRect(), frame = (node.closest('.panel') ?? document.body).getBoundingClientRect();
   return own.left < frame.left - 1 || own.right > frame.right + 1 || own.width < 20;
-}).map((node) => node.outerHTML.slice(0, 80))"""
+}).map((node) => node.outerHTML.slice(0, 80))""".replace("BOXES", BOXES)
 OVERLAPS = """(() => {
   const all = [...document.querySelectorAll('.panel, .figure')].map((node) => node.getBoundingClientRect());
   return all.some((a, i) => all.some((b, j) => i < j
@@ -167,6 +169,51 @@ def test_a_request_is_followed_from_its_lane_to_its_end(page: Page, big: LiveSer
     page.run("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))")
     assert page.run("document.getElementById('filter').value") == ""
     assert page.complaints == []
+
+
+TIERS = """Object.fromEntries([...document.querySelectorAll('#tiers-body tr:not(.bar)')].map((row) => {
+  const before = [...document.querySelectorAll('#tiers-body tr')].slice(0, row.rowIndex);
+  const tier = before.findLast((one) => one.className === 'tier');
+  const name = row.className === 'tier' ? row.cells[0].firstChild.textContent
+    : `${tier.cells[0].firstChild.textContent} ${row.cells[0].textContent}`;
+  return [name, [...row.cells].slice(2).map((cell) => cell.textContent)];
+}))"""
+
+
+def test_tiers_are_drawn_as_the_server_counts_them(page: Page, fresh_server: Factory, tmp_path: Path) -> None:
+    """Bytes, hits, misses, damage and failures of each tier by kind; a breaker that is open; the last receipts."""
+    live = fresh_server(
+        engine_process=False, num_blocks=64, state_dir=str(tmp_path), state_host_memory="1MiB", state_load="always"
+    )
+    text = live.ask("POST", "/state/objects", {"text": "kept", "metadata": {"name": HOSTILE, "durable": True}}).json
+    talk = live.ask("POST", "/state/objects", {"messages": [{"role": "user", "content": "x"}]}).json
+    opened(page, live)
+    for number in range(4):
+        live.complete("one prompt that fills the pool " * 12 + str(number % 2), max_tokens=2)
+    live.ask("POST", "/state/evict", {"tier": "host", "bytes": 1 << 20})
+    (file,) = [one for one in (tmp_path / "texts").iterdir() if one.name.startswith(talk["state_id"])]
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert live.get(f"/state/objects/{talk['state_id']}").status == 404
+    live.services.engine.link.engine_loop.engine.parts.state.store.plane.places["disk"].writes.trip("full")
+    until(lambda: live.services.engine.stats.tiers["disk"]["breaker"]["writes"] == "open", "it is not told")
+    page.until("document.querySelector('#tiers-body .alarm')?.textContent === 'writes left alone'")
+    tiers = live.get("/state/tiers").json["tiers"]
+    page.until(f"document.querySelectorAll('#tiers-body tr.tier').length === {1 + len(tiers)}")
+    drawn = page.run(TIERS)
+    for name, facts in tiers.items():
+        for shown, counts in ((name, facts), *((f"{name} {kind}", own) for kind, own in facts["kinds"].items())):
+            assert drawn[shown] == [f"{counts[key]:,}" for key in ("hits", "misses", "corrupt", "failures")], shown
+    assert drawn["disk session"][2] == "1" and page.text("#tiers-body .tally-bad") == "1"
+    receipts = page.run("[...document.querySelectorAll('#receipts .what')].map((node) => node.textContent)")
+    assert {"get", "evict, host", "put"} <= {one if one.startswith("evict") else one.split(",")[0] for one in receipts}
+    assert page.run("document.querySelectorAll('#receipts .bad').length") >= 1
+    for width, height in ((1400, 900), (1180, 780), (900, 1200), (420, 900)):
+        page.resize(width, height)
+        page.until(f"innerWidth === {width}")
+        assert page.run("document.documentElement.scrollWidth") <= width and not page.run(OVERLAPS)
+        assert page.run(OUTSIDE) == []
+    assert page.run("document.querySelectorAll('main img').length") == 0 and page.complaints == []
+    assert live.ask("DELETE", f"/state/objects/{text['state_id']}").status == 200
 
 
 def test_hostile_names_are_text_and_nobody_else_is_asked(page: Page, big: LiveServer) -> None:

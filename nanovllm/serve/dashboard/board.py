@@ -2,10 +2,10 @@
 
 What it is: the engine's last view in the words of the page. What it knows nothing about:
 viewers, HTTP, who may look. Invariants: a snapshot followed by each later increment is the
-snapshot of that moment; it holds one view, the last ENDED requests and the last EVENTS
-events; no text of a prompt or an answer is in it.
+snapshot of that moment; it holds one view, the last ENDED requests, the last EVENTS
+events and the last RECEIPTS receipts; no text of a prompt or an answer is in it.
 
-    snapshot    engine, ts_ms, stats, num_requests, requests, cached, held, ended, events, events_lost
+    snapshot    engine, ts_ms, stats, num_requests, requests, cached, held, ended, events, events_lost, receipts
     increment           ts_ms, stats, num_requests, and of the others what is new:
                 requests (each whole, but block_ids only where they changed), gone, cached and held as {add, drop}
 """
@@ -19,7 +19,7 @@ import msgspec
 
 from nanovllm.engine.messages import EngineInfo, Finished, RequestView, StateView, Timings
 
-ENDED, EVENTS = 64, 200
+ENDED, EVENTS, RECEIPTS = 64, 200, 40
 TERMS = ("queue", "intake", "state", "schedule", "prefill", "return")
 Shown = dict[str, Any]
 
@@ -35,6 +35,7 @@ class Board:
         self._ended: deque[Shown] = deque(maxlen=ENDED)
         self._new: deque[Shown] = deque(maxlen=ENDED)  # of those, what no increment has told
         self._events: deque[Shown] = deque(maxlen=EVENTS)
+        self._receipts: deque[Shown] = deque(maxlen=RECEIPTS)
         self._lost = 0
 
     @property
@@ -46,6 +47,7 @@ class Board:
         """The view is no longer true: nobody looked meanwhile, or the engine is another one."""
         self._view = None
         self._events.clear()
+        self._receipts.clear()
         self._waits.clear()
         self._lost = 0
 
@@ -71,11 +73,13 @@ class Board:
             "ended": ended,
             "events": events,
             "events_lost": view.events_lost,
+            "receipts": view.receipts,
         }
         self._view, self._cached, self._held = view, cached, held
         self._waits = {one.request_id: one.waits for one in view.requests if one.waits}
         self._new.clear()
         self._events.extend(events)
+        self._receipts.extend(view.receipts)
         self._lost += view.events_lost
         return increment
 
@@ -93,6 +97,7 @@ class Board:
             "ended": list(self._ended),
             "events": list(self._events),
             "events_lost": self._lost,
+            "receipts": list(self._receipts),
         }
 
 

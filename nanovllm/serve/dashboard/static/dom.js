@@ -27,6 +27,14 @@ export const short = (id) => (/^req-[0-9a-f]{16}$/.test(id) ? id.slice(4, 12) : 
 
 export const count = (n) => Math.round(n).toLocaleString("en-US");
 
+/** A size in the unit that leaves up to three digits before the point. */
+export function size(bytes) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let i = 0, value = bytes;
+  for (; value >= 1000 && i < units.length - 1; i++) value /= 1024;
+  return `${i === 0 || value >= 100 ? value.toFixed(0) : value.toFixed(1)} ${units[i]}`;
+}
+
 /** Milliseconds with three digits or so that matter; a dash where there is no value. */
 export function millis(ms) {
   if (ms === null || ms === undefined) return "–";

@@ -1,4 +1,4 @@
-// The page: one model, five views of it, and what is said where there is nothing to draw.
+// The page: one model, six views of it, and what is said where there is nothing to draw.
 
 import { byId, say } from "./dom.js";
 import { Events } from "./events.js";
@@ -7,6 +7,7 @@ import { Figures } from "./figures.js";
 import { Lanes } from "./lanes.js";
 import { Model } from "./model.js";
 import { Pool } from "./pool.js";
+import { Tiers } from "./tiers.js";
 import { Ttft } from "./ttft.js";
 
 const NOTICES = {
@@ -27,6 +28,7 @@ const lanes = new Lanes((id) => pick(id), (id) => pool.hueOf(id));
 const figures = new Figures();
 const ttft = new Ttft((id) => pick(id));
 const events = new Events();
+const tiers = new Tiers();
 const feed = new Feed(onMessage, onLink);
 
 function onMessage(message) {
@@ -51,7 +53,7 @@ function draw() {
   if (picked && !model.find(picked)) picked = null;
   pool.draw(model, picked);
   lanes.draw(model, picked);
-  for (const view of [figures, events]) view.draw(model);
+  for (const view of [figures, events, tiers]) view.draw(model);
   ttft.draw(model, picked);
   const { engine } = model;
   say(byId("model"), engine.model);
@@ -60,7 +62,7 @@ function draw() {
 
 function clear() {
   model.forget();
-  for (const view of [pool, lanes, figures, ttft, events]) view.clear();
+  for (const view of [pool, lanes, figures, ttft, events, tiers]) view.clear();
 }
 
 /** Where things stand, in a word at the top and a sentence where it is not simply live. */

@@ -1,6 +1,6 @@
 // What is known of the engine: a snapshot with every later increment applied. Draws nothing.
 
-const ENDED = 64, EVENTS = 500, HISTORY = 120;
+const ENDED = 64, EVENTS = 500, RECEIPTS = 40, HISTORY = 120;
 const RATE_MS = 2000; // rates are means over about this long
 
 export const TERMS = ["queue", "schedule", "prefill", "return"]; // they add up to the TTFT
@@ -19,6 +19,7 @@ export class Model {
     this.held = new Set();
     this.ended = [];
     this.events = [];
+    this.receipts = [];
     this.lost = 0;
     this.history = []; // {now, running, used, decode, prefill}
   }
@@ -46,6 +47,7 @@ export class Model {
     this.held = new Set(message.held);
     this.ended = message.ended;
     this.events = message.events;
+    this.receipts = message.receipts;
     this.lost = message.events_lost;
   }
 
@@ -60,6 +62,7 @@ export class Model {
     change(this.held, message.held);
     this.ended = [...this.ended, ...message.ended].slice(-ENDED);
     this.events = [...this.events, ...message.events].slice(-EVENTS);
+    this.receipts = [...this.receipts, ...message.receipts].slice(-RECEIPTS);
     this.lost += message.events_lost;
   }
 

@@ -8,6 +8,8 @@ the start with its own error; what the store found amiss is logged.
 from __future__ import annotations
 
 import logging
+import os
+import platform
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,8 @@ from nanovllm.engine.device_tier import DeviceTier
 from nanovllm.engine.step_costs import StepCosts
 from nanovllm.engine.tiered_state import TieredState
 from nanovllm.errors import ConfigError
+from nanovllm.state.kinds.meta import COST_TABLE
+from nanovllm.state.learned import Part
 from nanovllm.state.store import StateStore
 from nanovllm.state.tiers.tier import Tier
 
@@ -47,7 +51,9 @@ def build_state(
         root_of=partial(root_of, identity),
         cost_of=costs.ms,
         clock=clock,
+        identity=identity_of(identity, device.layout),
     )
+    store.learn(Part(COST_TABLE, costs.record, costs.recall, is_small=True))
     for warning in store.warnings:
         logger.warning("%s", warning)
     kv_tiers = {"host": host, "disk": config.state_dir, "remote": config.state_remote}
@@ -59,6 +65,12 @@ def build_state(
 def root_of(identity: Mapping[str, object], namespace: str, salt: str = "") -> Digest:
     """The root of a namespace's digest chains, as `SequenceFactory` makes it."""
     return root_digest({**identity, "namespace": engine_namespace(namespace), "salt": salt})
+
+
+def identity_of(identity: Mapping[str, object], layout: str) -> str:
+    """Of this machine with this model: what was measured by another one says nothing here."""
+    machine = f"{platform.machine()} {platform.processor()} {os.cpu_count()}"
+    return root_digest({**identity, "layout": layout, "machine": machine}).hex()
 
 
 def layout_of(pool: torch.Tensor) -> str:

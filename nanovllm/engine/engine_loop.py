@@ -211,7 +211,7 @@ class EngineLoop:
     def _pass_time(self) -> None:
         """Nothing to step: what time alone brings to state, such as the end of a pin."""
         if self.engine.parts.state is not None:
-            self.engine.parts.state.tick()
+            self.engine.parts.state.rest()
 
     def _give_up(self) -> list[StepOutput]:
         """Too many bad steps: everything that lives fails, and nothing new enters."""

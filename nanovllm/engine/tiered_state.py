@@ -151,6 +151,12 @@ class TieredState(DeviceState):
         with self._harmless():
             self.store.tick()
 
+    def rest(self) -> None:
+        """Nothing to do: what time brings, and what was learnt is written down now and then."""
+        self.tick()
+        with self._harmless():
+            self.store.rest()
+
     def is_settled(self) -> bool:
         """False while anything is on its way between tiers, or waits to be written."""
         transfers = self.store.plane.mover.num_pending

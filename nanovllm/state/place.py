@@ -28,6 +28,16 @@ class Bandwidth:
 
     bytes_per_ms: float
     label: str = "estimated"
+    is_recalled: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was measured, by this process or by one before it."""
+        return self.label == "measured" or self.is_recalled
+
+    def recall(self, bytes_per_ms: float) -> None:
+        """What an earlier process measured: an estimate here, until the first transfer."""
+        self.bytes_per_ms, self.is_recalled = bytes_per_ms, True
 
     def observe(self, size_bytes: int, ms: float) -> None:
         """A transfer took `ms`."""

@@ -8,7 +8,7 @@ as a whole, and says how much it forgot.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,17 @@ class History:
             oldest, forgotten = self._by_object.popitem(last=False)
             self._kept -= len(forgotten)
             del self._counts[oldest]
+
+    def newest_first(self) -> Iterator[tuple[str, list[Receipt], int]]:
+        """Each object, the one with the last receipt first: what is kept of it, and how many there were."""
+        return ((state_id, list(kept), self._counts[state_id]) for state_id, kept in reversed(self._by_object.items()))
+
+    def recall(self, state_id: str, receipts: Sequence[Receipt], count: int) -> None:
+        """An earlier process's receipts of an object, before any of this one; numbers go on behind them."""
+        for receipt in receipts:
+            self.add(receipt, [state_id])
+            self._seq = max(self._seq, receipt.seq)
+        self._counts[state_id] = self._counts.get(state_id, 0) + max(0, count - len(receipts))
 
     def of(self, state_id: str) -> tuple[tuple[Receipt, ...], int]:
         """The object's receipts, oldest first, and how many older ones were forgotten."""

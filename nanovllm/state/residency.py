@@ -2,8 +2,8 @@
 
 What it is: the verbs `pin` and `unpin`, and the end of pins. What it knows nothing about: who would be
 evicted instead. Invariants: a pin is granted only where all pins together stay within their share of the
-tier, and is given back exactly once, by `unpin`, by its time, or with its object; a pin on the device is
-a standing claim: blocks that are computed later are held from then on. Pins end with the process.
+tier, and is given back exactly once, by `unpin`, by its time, or with its object; a pin is a standing claim:
+what comes later, computed or loaded, is held from then on, also after a restart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.state.migration import BATCH, Migration
+from nanovllm.state.mover import MILLISECOND
 from nanovllm.state.objects import KVBlock, StateObject
 from nanovllm.state.plane import Plane
 from nanovllm.state.receipts import Receipt
@@ -45,6 +46,7 @@ class Residency:
     migration: Migration
     blocks_of: Callable[[StateObject], Steps[list[KVBlock]]]
     pins: dict[tuple[str, str], Pin] = field(default_factory=dict)
+    is_changed: bool = False  # since somebody wrote the claims down
 
     def pin(self, obj: StateObject, device: str, ttl_s: float | None) -> Steps[Receipt]:
         """Claim, and bring up what is not there; a second pin of an object in a tier renews the first."""
@@ -68,6 +70,7 @@ class Residency:
         elif pin.renews is not None:
             self._give_back(pin.renews)
             pin.renews = None
+        self.is_changed = True
         term = "" if ttl_s is None else f", for {ttl_s:g} s"
         reason = refusal or self._held(pin) + term
         return self.plane.receipt("pin", started, not refusal, reason, obj=obj, tier=tier, size_bytes=size)
@@ -103,6 +106,32 @@ class Residency:
                 self._release(state_id, tier)
                 obj = self.plane.catalog.objects.get(state_id)
                 self.plane.receipt("unpin", now, True, "its time is over", obj=obj, tier=tier)
+
+    def record(self) -> list[dict[str, Any]]:
+        """The claims as plain data: `until_ms` by the wall clock, which goes on while nobody is here."""
+        now_ns, now_ms = self.plane.clock.now_ns(), self.plane.wall_ms()
+        return [
+            {"state_id": pin.state_id, "tier": pin.tier, "until_ms": _later_ms(pin.until_ns, now_ns, now_ms)}
+            for pin in self.pins.values()
+        ]
+
+    def recall(self, record: list[dict[str, Any]]) -> None:
+        """Claims of an earlier process, with the time they have left: what comes up again is held from then on."""
+        for row in record:
+            obj, tier, until_ms = self.plane.catalog.objects.get(row["state_id"]), row["tier"], row["until_ms"]
+            left_ms = None if until_ms is None else int(until_ms) - self.plane.wall_ms()
+            if obj is None or (left_ms is not None and left_ms <= 0) or not self._can_hold(obj, tier):
+                continue
+            until = None if left_ms is None else self.plane.clock.now_ns() + left_ms * MILLISECOND
+            pin = self.pins[obj.state_id, tier] = Pin(
+                obj.state_id, tier, until, tuple(self._keys(obj, tier)), self._size(obj, tier)
+            )
+            self._hold(pin)
+            self.plane.receipt("pin", self.plane.clock.now_ns(), True, f"kept: {self._held(pin)}", obj=obj, tier=tier)
+
+    def _can_hold(self, obj: StateObject, tier: str) -> bool:
+        """Whether there is such a tier now, and the pin stays within their share."""
+        return (tier == DEVICE or tier in self.plane.places) and not self._refusal(obj, tier, self._size(obj, tier))
 
     def pins_of(self, state_id: str) -> list[Pin]:
         """The object's claims."""
@@ -190,6 +219,7 @@ class Residency:
 
     def _release(self, state_id: str, tier: str) -> None:
         pin = self.pins.pop((state_id, tier), None)
+        self.is_changed |= pin is not None
         while pin is not None:
             self._give_back(pin)
             pin = pin.renews
@@ -208,3 +238,7 @@ class Residency:
                 self.plane.places[pin.tier].victims.release(key)
         elif pin.lease is not None and self.plane.device is not None:
             self.plane.device.release(pin.lease)
+
+
+def _later_ms(until_ns: int | None, now_ns: int, now_ms: int) -> int | None:
+    return None if until_ns is None else now_ms + (until_ns - now_ns) // MILLISECOND

@@ -26,7 +26,10 @@ from nanovllm.state.audit import Audit
 from nanovllm.state.bundle import Bundles
 from nanovllm.state.catalog import Entry
 from nanovllm.state.hints import Hints
+from nanovllm.state.kinds.meta import PINS
 from nanovllm.state.kinds.table import KIND_TABLE
+from nanovllm.state.learned import Learned, Part
+from nanovllm.state.memory import parts_of
 from nanovllm.state.migration import Load, Migration
 from nanovllm.state.mover import Transfer
 from nanovllm.state.naming import Naming
@@ -88,7 +91,9 @@ class StateStore:
         clock: Clock | None = None,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         threads: bool = True,
+        identity: str | None = None,
     ) -> None:
+        """`identity`: of machine and model; with it, what is learnt and what is pinned is kept over restarts."""
         clock = clock or MonotonicClock()
         settings = settings or StateSettings()
         if device is not None:
@@ -108,9 +113,12 @@ class StateStore:
         self._bundles = Bundles(self.plane, self._naming, self._migration)
         self._audit = Audit(self.plane, self._residency)
         self._verbs = Verbs(self.plane, self._naming, self._residency, self._migration, self._bundles, self._audit)
+        self._learned = Learned(self.plane, self._naming, identity)
         self._swept_ms = 0
         found = restore(self.plane)
         self.warnings = [*(w for tier in tiers for w in getattr(tier, "warnings", ())), *found]
+        for part in parts_of(self.plane, self._residency):
+            self.learn(part)
         self.tick()
 
     @classmethod
@@ -329,6 +337,17 @@ class StateStore:
             self._swept_ms = now
             for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
                 self._naming.drop(obj, "expired", wait=False)
+        if self._residency.is_changed:
+            self._residency.is_changed = not self._learned.note(PINS)
+        self._learned.rest(is_idle=False)
+
+    def rest(self) -> None:
+        """Engine: there is nothing to do; what was learnt may be written down."""
+        self._learned.rest(is_idle=True)
+
+    def learn(self, part: Part) -> None:
+        """Engine: keep this over restarts, too; it is read at once, and `warnings` says where it could not be."""
+        self.warnings += self._learned.add(part)
 
     def settle(self) -> None:
         """Wait until nothing is under way; the tiers' deadlines bound that."""
@@ -336,6 +355,8 @@ class StateStore:
 
     def close(self) -> None:
         """Finish what is under way, close the tiers, let the next owner in."""
+        self.settle()
+        self._learned.write_all()
         self.settle()
         for place in self.plane.places.values():
             place.close()

@@ -15,7 +15,7 @@ from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.errors import ConfigError, InvalidRequestError, StateNotFoundError, StateRefusedError, UnhealthyError
 from nanovllm.state.objects import Document, Session
 
-ENDLESS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=1900, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 PROMPT = [(7 * i + i * i) % 250 for i in range(70)]
 Body = Callable[[AsyncEngine], Awaitable[None]]
@@ -30,7 +30,7 @@ def with_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
             config = EngineConfig.from_kwargs(
                 "tiny:random",
                 dtype="float32",
-                num_blocks=64,
+                num_blocks=256,
                 block_size=8,
                 state_dir=str(tmp_path),
                 state_load="always",
@@ -80,7 +80,7 @@ def test_every_call_is_answered_between_the_steps_of_others(with_engine: Callabl
         bundle = await call("export", state_id=ids[0])
         assert (await call("find", state_id=await call("import_", bundle=bundle))).kind == "knowledge"
         # the import has the name and version of the original, and takes its place
-        assert len(await call("ls")) == 3 and "disk" in (await call("top"))["tiers"]
+        assert len(await call("ls", namespace="default")) == 3 and "disk" in (await call("top"))["tiers"]
         assert (await call("unpin", state_id=ids[1])).ok and (await call("drop", state_id=ids[2])).ok
         assert not running.done()
         stream.close()
@@ -108,7 +108,7 @@ def test_refusals_arrive_as_the_stores_own_errors(with_engine: Callable[..., Non
         ):
             with pytest.raises(error):
                 await call(verb, **arguments)
-        limit = await call("put", obj=PROMPT * 6)
+        limit = await call("put", obj=PROMPT * 20)
         assert not (await call("pin", state_id=limit)).ok  # more than pins may hold
         await finished(engine.submit(PROMPT, SHORT))
 

@@ -200,3 +200,23 @@ def test_without_settings_nothing_is_copied_and_names_work() -> None:
         state_id = llm.state_store.put(PROMPT[:16], {"name": "opening"})
         assert llm.state_store.pin(state_id).ok and llm.state_store.unpin(state_id).ok
         assert llm.engine.parts.state.facts()["spilled_blocks"] == 0  # type: ignore[union-attr]
+
+
+def test_after_a_restart_it_knows_what_things_cost_and_what_was_pinned(cold: list[int], tmp_path: Path) -> None:
+    settings = {**TINY, "state_load": "auto", "state_dir": str(tmp_path)}
+    with LLM(**settings) as llm:
+        llm.generate([PROMPT], GREEDY)
+        state_id = llm.state_store.put(PROMPT[:64], {"name": "opening", "durable": True})
+        assert llm.state_store.pin(state_id, ttl=1000).ok and llm.state_store.pin(state_id, "disk").ok
+    with LLM(**settings) as llm:
+        store = llm.state_store
+        assert llm.engine.parts.state is not None and llm.engine.parts.state.costs.is_known and not store.warnings
+        story = store.explain(state_id)
+        assert {pin["tier"] for pin in story.facts["pins"]} == {"device", "disk"}
+        assert [receipt.action for receipt in story.receipts] == ["put", "pin", "migrate", "pin", "pin", "pin"]
+        (final,) = llm.generate([PROMPT], GREEDY)
+        assert final.token_ids == cold
+        load = next(r for r in reversed(store.plane.history.recent) if r.action == "load")
+        assert load.detail["estimated_compute_ms"] > 0 and "not known" not in load.detail["decision"]
+        (lease,) = llm.engine.scheduler.kv.block_manager.leases  # type: ignore[attr-defined]
+        assert len(lease.block_ids) == 16

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from nanovllm.errors import StateNotFoundError
+from nanovllm.state.learned import NAMESPACE
 from nanovllm.state.objects import Document, Session
 from tests.state.fake_device import FakeDevice
 from tests.state.stores import World, blocks_for, check_books, computed, loaded, spill
@@ -49,7 +50,7 @@ class StoreMachine(RuleBasedStateMachine):
         folder = Path(tempfile.mkdtemp(dir=self.parent)) / "state"
         self.world = World(folder, host_bytes=12_000, disk_bytes=4 << 20)
         self.device = FakeDevice() if with_device else None
-        self.store = self.world.open(device=self.device, threads=self.threads)
+        self.store = self.world.open(device=self.device, threads=self.threads, identity="me")
         self.model: dict[str, object] = {}
         self.volatile: set[str] = set()
 
@@ -151,15 +152,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        pins = {key for key in self.store._residency.pins if key[1] != "host"}
         self.store.close()
         self.device = None if self.device is None else FakeDevice()
-        self.store = self.world.open(device=self.device, threads=self.threads)
+        self.store = self.world.open(device=self.device, threads=self.threads, identity="me")
         assert not self.store.warnings
-        here = {obj.state_id for obj in self.store.ls()}
+        here = {obj.state_id for obj in self.store.ls() if obj.namespace != NAMESPACE}
+        assert {key for key in self.store._residency.pins if key[1] != "host"} == {
+            key for key in pins if key[0] in here
+        }
         for state_id in self.volatile - here:  # one that was migrated to the disk may have survived
             self.model.pop(state_id, None)
         self.volatile &= here
-        assert {obj.state_id for obj in self.store.ls()} == set(self.model)
+        assert here == set(self.model)
 
     @rule()
     def verify(self) -> None:
@@ -177,8 +182,8 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             for state_id, thing in self.model.items():
                 assert self.store.get(state_id) == thing
-            for state_id in list(self.model):
-                self.store.drop(state_id)
+            for obj in self.store.ls():
+                self.store.drop(obj.state_id)
             assert not self.store.plane.catalog.objects and not self.store.plane.catalog._owners
             assert not self.store._residency.pins
             self.store.close()

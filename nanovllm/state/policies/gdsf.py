@@ -11,7 +11,8 @@ that is what PGDSF adds. Invariant: the clock never goes back, and no score is b
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 from nanovllm.state.policies.policy import Cached
 from nanovllm.state.policies.scored import GreedyDual
@@ -35,3 +36,13 @@ class GDSF(GreedyDual):
         """O(1)."""
         super().forget(obj)
         self._frequency.pop(obj.key, None)
+
+    def memory(self, most: int) -> list[tuple[Any, ...]]:
+        """The frequencies; the clock begins anew."""
+        return [(key, self._frequency[key]) for key in self._highest(most)]
+
+    def recall(self, obj: Cached, values: Sequence[float]) -> None:
+        """The frequency goes on."""
+        (frequency,) = values
+        self._frequency[obj.key] = int(frequency)
+        self._scores[obj.key] = self.clock + frequency * obj.cost_ms / obj.size_bytes

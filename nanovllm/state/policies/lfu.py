@@ -6,6 +6,9 @@ Invariants: a count begins anew with each stay; of equal counts the one that was
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from nanovllm.state.policies.policy import Cached
 from nanovllm.state.policies.scored import Scored
 
@@ -18,3 +21,12 @@ class LFU(Scored):
     def on_access(self, obj: Cached, cached_tokens: int, new_tokens: int, hit: bool) -> None:
         """O(1)."""
         self._scores[obj.key] = self._scores.get(obj.key, 0) + 1
+
+    def memory(self, most: int) -> list[tuple[Any, ...]]:
+        """The counts."""
+        return [(key, self._scores[key]) for key in self._highest(most)]
+
+    def recall(self, obj: Cached, values: Sequence[float]) -> None:
+        """The count goes on."""
+        (count,) = values
+        self._scores[obj.key] = count

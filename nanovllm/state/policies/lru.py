@@ -6,6 +6,9 @@ selection's leaf-only rule this is LRU-leaf, the default of the `kv` kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from nanovllm.state.policies.policy import Cached
 from nanovllm.state.policies.scored import Scored
 
@@ -21,5 +24,14 @@ class LRU(Scored):
 
     def on_access(self, obj: Cached, cached_tokens: int, new_tokens: int, hit: bool) -> None:
         """O(1)."""
+        self._now += 1
+        self._scores[obj.key] = self._now
+
+    def memory(self, most: int) -> list[tuple[Any, ...]]:
+        """The order alone."""
+        return [(key,) for key in self._highest(most)]
+
+    def recall(self, obj: Cached, values: Sequence[float]) -> None:
+        """Used now, in the order of the calls."""
         self._now += 1
         self._scores[obj.key] = self._now

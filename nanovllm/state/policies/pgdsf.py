@@ -16,8 +16,9 @@ that went last (the paper's window; without a bound the record of what is gone w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.state.policies.policy import Cached
 from nanovllm.state.policies.scored import GreedyDual
@@ -68,3 +69,14 @@ class PGDSF(GreedyDual):
             self._gone[obj.key] = record
             if len(self._gone) > self._remembered:
                 self._gone.popitem(last=False)
+
+    def memory(self, most: int) -> list[tuple[Any, ...]]:
+        """Frequency, misses and their milliseconds per token; the clock begins anew."""
+        rows = ((key, self._records[key]) for key in self._highest(most))
+        return [(key, record.frequency, record.misses, record.total) for key, record in rows]
+
+    def recall(self, obj: Cached, values: Sequence[float]) -> None:
+        """The record goes on; what entering counted since is replaced."""
+        frequency, misses, total = values
+        record = self._records[obj.key] = _Record(int(frequency), int(misses), total)
+        self._scores[obj.key] = self.clock + record.frequency * record.average(obj)

@@ -14,8 +14,8 @@ Invariants of every policy:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 NEVER = float("-inf")  # the score of an object that was never shown to the policy: it goes first
 
@@ -84,4 +84,17 @@ class Policy(Protocol):
 
     def forget(self, obj: Cached) -> None:
         """`obj` is gone for another reason (deleted, invalid, expired): nothing is learnt from it."""
+        ...
+
+
+@runtime_checkable
+class Remembers(Policy, Protocol):
+    """A policy whose knowledge is worth keeping over a restart: no clock of its own decides."""
+
+    def memory(self, most: int) -> list[tuple[Any, ...]]:
+        """(key, numbers...) of the `most` objects that are worth most, the lowest first."""
+        ...
+
+    def recall(self, obj: Cached, values: Sequence[float]) -> None:
+        """Of an object that is here: what `memory` said of it. Raises ValueError on another count of numbers."""
         ...

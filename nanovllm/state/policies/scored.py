@@ -7,6 +7,7 @@ the greedy-dual clock never goes back.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from heapq import nlargest
 
 from nanovllm.state.policies.policy import NEVER, Cached
 
@@ -29,6 +30,10 @@ class Scored:
     def forget(self, obj: Cached) -> None:
         """O(1)."""
         self._scores.pop(obj.key, None)
+
+    def _highest(self, most: int) -> list[Hashable]:
+        """The `most` keys of the highest score, the lowest first."""
+        return nlargest(most, self._scores, key=self._scores.__getitem__)[::-1]
 
 
 class GreedyDual(Scored):

@@ -11,12 +11,12 @@ whatever is held (the first question about a namespace reads all of its kind onc
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from heapq import nsmallest
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nanovllm.state.policies.heap import ScoreHeap
-from nanovllm.state.policies.policy import Cached, Policy
+from nanovllm.state.policies.policy import Cached, Policy, Remembers
 
 T = TypeVar("T", bound=Cached)
 
@@ -102,6 +102,23 @@ class Victims(Generic[T]):
     def score(self, obj: T) -> float:
         """What its kind's policy says."""
         return self._policies[obj.kind].score(obj)
+
+    def memory(self, most: int) -> dict[str, list[tuple[Any, ...]]]:
+        """By kind: the `most` keys worth most with what their policy knows of them, the lowest first."""
+        rows = {kind: policy.memory(most) for kind, policy in self._policies.items() if isinstance(policy, Remembers)}
+        return {kind: found for kind, found in rows.items() if found}
+
+    def recall(self, kind: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """What an earlier policy knew; of what is not here, nothing."""
+        policy = self._policies.get(kind)
+        if not isinstance(policy, Remembers):
+            return
+        for key, *values in rows:
+            obj = self._objects.get(key)
+            if obj is not None and obj.kind == kind:
+                policy.recall(obj, values)
+                if key not in self._holds:
+                    self._offer(obj)
 
     def ranked(self, kind: str, count: int) -> list[tuple[float, T]]:
         """The `count` next candidates with their scores, for a receipt. O(n log count)."""

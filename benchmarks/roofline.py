@@ -74,7 +74,8 @@ def measure(args: argparse.Namespace, count: int, bandwidth: float) -> dict[str,
     dtype, length = getattr(torch, args.dtype), args.context + WARM_STEPS + args.repeats + SLACK
     with LLM(args.model, dtype=args.dtype, max_num_seqs=count, max_model_len=length, prefix_mode="off") as llm:
         step = decoding(llm, count, args.context, length)
-        model = llm.engine.runner.model
+        runner: Any = llm.engine.runner
+        model = runner.model
         paths = linear_paths(args.model, model.config, dtype, count)
         ours = [linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         paths["ours"] = [*ours, model.head]
@@ -100,9 +101,11 @@ def measure(args: argparse.Namespace, count: int, bandwidth: float) -> dict[str,
 def decoding(llm: LLM, count: int, context: int, length: int) -> Callable[[], object]:
     """An engine in which `count` sequences decode; a call is one step of all of them."""
     rng, engine = random.Random(0), llm.engine
+    runner: Any = engine.runner
+    ordinary = runner.model.config.vocab_size // 2
     params = SamplingParams(temperature=0, max_tokens=length - context, ignore_eos=True)
     for _ in range(count):
-        engine.add_request([rng.randrange(1000, 40000) for _ in range(context)], params)
+        engine.add_request([rng.randrange(ordinary) for _ in range(context)], params)
     while len(engine.scheduler.running) < count or any(seq.is_prefilling for seq in engine.scheduler.running):
         engine.step()
 

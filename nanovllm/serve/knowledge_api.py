@@ -30,6 +30,8 @@ from nanovllm.serve.state_protocol import KnowledgeBody, PinBody
 from nanovllm.state.objects import PUBLIC, Document, StateId, check_name
 from nanovllm.state.report import page, position, receipt_facts
 
+NOT_SHARED = "each key computes its own KV at its first question: without --share-prefix prefixes are not shared"
+
 
 async def put(request: Request) -> Response:
     """Keep a document; have its KV computed, and wait for that where asked."""
@@ -41,7 +43,7 @@ async def put(request: Request) -> Response:
     knowledge = services.knowledge
     state_id: StateId = await knowledge.call("put", obj=document, metadata=metadata)
     kept = state_id.receipt is not None and state_id.receipt.reason == "durable"
-    pinned = None if body.pin is None else await _pinned(knowledge, state_id, body.pin)
+    pinned = None if body.pin is None else await _pinned(knowledge, state_id, namespace, body.pin)
     prefill = await _prefill(services, namespace, document, path, body)
     tokens = len(document.token_ids)
     return json_of(KnowledgeReply(str(state_id), body.name, body.version, body.scope, tokens, kept, prefill, pinned))
@@ -111,8 +113,10 @@ async def _read(services: Services, body: KnowledgeBody) -> tuple[Document, list
     return await within(services.pool, work, RENDER_S + size / BYTES_PER_S, "text")
 
 
-async def _pinned(knowledge: Knowledge, state_id: StateId, pin: PinBody) -> dict[str, Any]:
+async def _pinned(knowledge: Knowledge, state_id: StateId, namespace: str, pin: PinBody) -> dict[str, Any]:
     """The pin's receipt. The document is kept by now: a pin that cannot be is told, not raised."""
+    if knowledge.kv_namespace_of(namespace) is None:
+        return {"action": "pin", "ok": False, "reason": NOT_SHARED}
     try:
         return receipt_facts(await knowledge.call("pin", state_id=state_id, device=pin.device, ttl=pin.ttl))
     except NanoVLLMError as error:
@@ -126,7 +130,7 @@ async def _prefill(
     knowledge = services.knowledge
     where = knowledge.kv_namespace_of(namespace)
     if where is None:
-        return PrefillReply("left", "each key computes it at its first question: prefixes are not shared", 0)
+        return PrefillReply("left", NOT_SHARED, 0)
     key = namespace, _label(body)
     job = await knowledge.prefills.start(key, [*document.token_ids], where, spans_of(path))
     if job is None:

@@ -97,6 +97,23 @@ def test_the_same_on_smollm2(smollm2: Live) -> None:
     assert smollm2.http.delete(f"{PATH}/library").status_code == 200
 
 
+def test_a_response_takes_knowledge_as_a_chat_does(live: LiveServer) -> None:
+    kept = upload(live, "library")
+    said = {"input": "When?", "knowledge": ["library"], "max_output_tokens": 4, "temperature": 0, "ignore_eos": True}
+    for stored in (False, True):
+        answer = live.ask("POST", "/v1/responses", {**said, "store": stored}).json
+        assert answer["usage"]["input_tokens_details"]["cached_tokens"] >= kept["tokens"] - 2 * BLOCK
+    unknown = live.ask("POST", "/v1/responses", {**said, "knowledge": ["library", "nobody"]})
+    refused(unknown, 404, "state_not_found", "knowledge[1]")
+    clear(live, "library")
+    again = upload(live, "library")
+    assert again["prefill"]["cached_tokens"] >= kept["tokens"] - 2 * BLOCK, "the kept response owns these blocks, too"
+    clear(live, "library")
+    assert live.ask("DELETE", f"/v1/responses/{answer['id']}").status == 200
+    assert upload(live, "library")["prefill"]["cached_tokens"] == 0
+    clear(live, "library")
+
+
 def test_nobody_waits_for_the_kv(live: LiveServer) -> None:
     assert upload(live, "soon", text="Soon. " * 60, wait=False)["prefill"]["status"] == "queued"
     answers = [ask(live, "soon") for _ in range(2)]
@@ -228,8 +245,8 @@ def test_each_key_has_its_own_documents_and_the_public_ones(keyed: LiveServer) -
 
 
 def test_a_public_documents_kv_is_each_keys_own(keyed: LiveServer) -> None:
-    kept = upload(keyed, "public", ADMIN, scope="public")
-    assert kept["prefill"]["status"] == "left" and "each key" in kept["prefill"]["reason"]
+    kept = upload(keyed, "public", ADMIN, scope="public", pin={})
+    assert kept["prefill"]["status"] == "left" and "each key" in kept["prefill"]["reason"] and not kept["pin"]["ok"]
     for headers in (ALICE, BOB):
         assert cached(ask(keyed, "public", headers=headers)) == 0
         assert cached(ask(keyed, "public", headers=headers)) >= kept["tokens"] - 2 * BLOCK

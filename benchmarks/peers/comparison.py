@@ -94,8 +94,6 @@ def is_due(row: Row, engine: Engine, repeat: int, record: Record) -> bool:
     """Whether the engine runs this row at all, and has not yet in this repeat."""
     if row.is_capped and engine.name not in CAPPED:
         return False
-    if not row.one_sequence and engine.one_sequence:
-        return False
     return record.count(row.name, engine.name) <= repeat and engine.name not in record.failed.get(row.name, {})
 
 

@@ -39,7 +39,6 @@ class Engine:
     settings: dict[str, Any] = field(default_factory=dict)
     takes_gguf: bool = False
     takes_safetensors: bool = True
-    one_sequence: bool = False
 
 
 OURS = Engine("nanovllm", "nanovllm_worker.py", settings={"engine": {}})
@@ -63,7 +62,6 @@ PEERS = (
         build={"CMAKE_ARGS": " ".join(f"-DGGML_{flag}" for flag in LLAMA_FLAGS)},
         takes_gguf=True,
         takes_safetensors=False,
-        one_sequence=True,
     ),
     Engine("transformers", "transformers_worker.py", ("transformers==5.23.0", "accelerate")),
 )

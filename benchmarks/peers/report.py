@@ -32,7 +32,7 @@ def _row(row: Row, record: Record) -> dict[str, Any]:
         if engine != OURS.name and mine is not None:
             theirs = figures[row.figure]
             ratios[engine] = round(mine / theirs if row.more_is_better else theirs / mine, 3)
-    return {"figure": row.figure, "unit": row.unit, "median": medians, "ratio": ratios}
+    return {"what": row.what, "figure": row.figure, "unit": row.unit, "median": medians, "ratio": ratios}
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:

@@ -36,7 +36,6 @@ class Row:
     measure: Callable[[Draw, Send], Figures]
     more_is_better: bool = False
     is_capped: bool = False
-    one_sequence: bool = True
 
 
 class Draw:
@@ -134,18 +133,17 @@ def make_rows(shrink: int = 1) -> tuple[Row, ...]:
         Row("warm_ttft_2048", "TTFT of 2048 tokens of which 2032 are known", "ttft_s", "s", warm_ttft(size(2048))),
         Row("one_stream", "one stream, 128 in 128 out", measure=one, **rates),
         *(
-            Row(f"concurrent_{n}", f"{n} concurrent, 256 in 128 out", measure=many[n], one_sequence=False, **rates)
+            Row(f"concurrent_{n}", f"{n} concurrent, 256 in 128 out", measure=many[n], **rates)
             for n in (8, 32, 64)
         ),
         Row(
             "decode_gap", "longest pause of 16 streams when 4096 tokens arrive", "gap_s", "s",
-            decode_gap(size(4096)), one_sequence=False,
+            decode_gap(size(4096)),
         ),
         Row("start_up", "start-up to first token, second start", "seconds", "s", start_up),
         Row("capped_one_stream", "one stream, float32, AVX2 at most", measure=one, is_capped=True, **rates),
         Row(
-            "capped_concurrent_32", "32 concurrent, float32, AVX2 at most", measure=many[32], is_capped=True,
-            one_sequence=False, **rates,
+            "capped_concurrent_32", "32 concurrent, float32, AVX2 at most", measure=many[32], is_capped=True, **rates,
         ),
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ SCRIPT = str(Path(__file__).with_name("scripted_worker.py"))
 MINE = engines.Engine("nanovllm", SCRIPT)
 PEER = engines.Engine("vllm", SCRIPT)
 OTHER = engines.Engine("transformers", SCRIPT)
-SINGLE = engines.Engine("llama_cpp", SCRIPT, one_sequence=True)
-ALL = [MINE, PEER, SINGLE, OTHER]
+THIRD = engines.Engine("llama_cpp", SCRIPT)
+ALL = [MINE, PEER, THIRD, OTHER]
 SMALL = list(rows.make_rows(64))
 
 

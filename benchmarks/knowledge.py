@@ -59,12 +59,12 @@ class Arm:
 
     name: str
     llm: LLM
-    document_tokens: int
+    known_from: int = 0  # so many tokens found: the document was among them
     ttft_ms: list[float] = field(default_factory=list)
     t_state_ms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     hits: Counter[str] = field(default_factory=Counter)
-    sources: list[str] = field(default_factory=list)  # the slowest tier that each prompt came from
+    sources: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     behind_s: float = 0.0
 
@@ -83,8 +83,8 @@ class Arm:
         self.behind_s += time.perf_counter() - start
 
     def source_of(self, by_tier: dict[str, int]) -> str:
-        """Where the document lay: `computed` where less than half of the prompt was found."""
-        if sum(by_tier.values()) < self.document_tokens // 2:
+        """The slowest tier that the document came from: `computed` where less than half of it was found."""
+        if sum(by_tier.values()) < self.known_from:
             return "computed"
         return next(tier for tier in ("remote", "disk", "host", "device") if by_tier.get(tier))
 
@@ -94,8 +94,10 @@ def main() -> None:
     args = arguments()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder))
-        arms = [Arm(name, stack.enter_context(engine(args, name, folder)), args.tokens) for name in ARMS]
+        arms = [Arm(name, stack.enter_context(engine(args, name, folder))) for name in ARMS]
         prompts = stream(args, arms[0].llm)
+        for arm in arms:
+            arm.known_from = len(arm.llm.tokenizer.encode(HEAD)) + args.tokens // 2
         warm_up(arms, args)
         ask_all(arms, prompts, args.turn)
         report(args, arms, prompts)
@@ -111,6 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the popularity")
     parser.add_argument("--pool-share", type=float, default=0.1, help="the device's pool, of the corpus")
     parser.add_argument("--host-share", type=float, default=0.25, help="host memory, of the corpus; the rest is disk")
+    parser.add_argument("--load", choices=("auto", "always"), default="auto", help="auto: only where it is cheaper")
     parser.add_argument("--turn", type=int, default=25, help="questions to one arm before the next is asked")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
@@ -136,6 +139,7 @@ def engine(args: argparse.Namespace, arm: str, folder: str) -> LLM:
     if arm == "tiers":
         host_bytes = int(corpus_blocks * args.host_share) * block_bytes(args)
         settings |= {"state_dir": folder, "state_host_memory": host_bytes, "state_disk_quota": "16GiB"}
+        settings["state_load"] = args.load
     return LLM(args.model, **settings)
 
 
@@ -201,7 +205,7 @@ def report(args: argparse.Namespace, arms: list[Arm], prompts: list[tuple[int, l
         "device_over_tiers_mean": ratio(device, tiers, statistics.mean),
         "asked_again_share": 1 - first / len(prompts),  # what an endless cache could find
         **{key: getattr(args, key) for key in ("model", "documents", "tokens", "questions", "zipf", "seed")},
-        **{key: getattr(args, key) for key in ("pool_share", "host_share", "turn")},
+        **{key: getattr(args, key) for key in ("pool_share", "host_share", "turn", "load")},
         "text": "Python's language reference and docstrings",
         "arms": rows,
     }

@@ -170,7 +170,8 @@ def one_turn(
     number = len(talk.messages) // 2 + 1
     first_ms = warm_up(server)
     killed = talk.say(server, text)
-    cold_ms = cold_ttft_ms(server, talk, number) if killed.prompt_tokens >= args.long else None
+    is_long = number > 1 and killed.prompt_tokens >= args.long  # the first turn is cold by itself
+    cold_ms = cold_ttft_ms(server, talk, number) if is_long else None
     kv_bytes = killed.prompt_tokens // 16 * server.block_bytes()
     return Row(number, pages, killed, alive, cold_ms, server.start_s, first_ms, kv_bytes)
 

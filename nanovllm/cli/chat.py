@@ -1,8 +1,8 @@
 """`nanovllm chat MODEL`, or `chat --url URL`: a conversation, each answer streamed to stdout.
 
 What it is: the verb, its commands and the history it keeps. What it knows nothing
-about: where answers come from (an engine here, or `remote.py`), and how the history's
-KV is found again (by prefix, without being told).
+about: where answers come from (an engine here, or a server), whether they outlive the
+process, and how the history's KV is found again (by prefix, without being told).
 Invariants: the history holds only what was said and shown; Ctrl-C ends the answer,
 not the conversation; with piped stdin each line is a message and a failure ends it.
 """
@@ -10,24 +10,22 @@ not the conversation; with piped stdin each line is a message and a failure ends
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 
+from nanovllm.cli.chat_answers import Answers, LocalAnswers
 from nanovllm.cli.flags import Setup, with_engine_flags, with_sampling_flags
-from nanovllm.cli.remote import ApiKey, ServerModel, Url, open_server
-from nanovllm.cli.run import MODEL_HELP, summary
-from nanovllm.cli.session import interruptible, open_llm
+from nanovllm.cli.kept_chat import KeptAnswers, check_session, kept_setup
+from nanovllm.cli.remote import ApiKey, RemoteAnswers, ServerModel, Url, open_server
+from nanovllm.cli.remote_session import RemoteSession
+from nanovllm.cli.run import MODEL_HELP
+from nanovllm.cli.session import open_llm
 from nanovllm.cli.terminal import note, write_answer
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.errors import InvalidRequestError, NanoVLLMError
-from nanovllm.observe.timeline_view import render
-
-if TYPE_CHECKING:
-    from nanovllm.engine.outputs import RequestOutput
-    from nanovllm.llm import LLM
 
 HELP = "/reset forgets the conversation, /timeline shows where the last answer's time went, /exit or Ctrl-D ends."
 
@@ -45,80 +43,57 @@ def chat(
     url: Url = None,
     api_key: ApiKey = None,
     server_model: ServerModel = None,
+    session: Annotated[
+        str | None, typer.Option("--session", help="Keep the conversation under this name, and go on with it.")
+    ] = None,
     sampling: SamplingParams,
     setup: Setup,
 ) -> None:
     """Talk with MODEL, or with a server (--url); each answer is streamed.
 
+    --session NAME goes on where the session of that name stopped: on the server, or in --state-dir (default: in the \
+cache).
+
     In the conversation: /reset, /timeline, /help, /exit; Ctrl-C stops an answer.
     """
+    name = None if session is None else check_session(session)
     if url is not None:
         if model is not None:
             raise InvalidRequestError(f"{model} would be opened here, not at --url.", hint=f"Write --model {model}.")
-        _converse(open_server(url, api_key, server_model, sampling, setup, knowledge or ()), system, setup.quiet)
+        address, request = open_server(url, api_key, server_model, sampling, setup, knowledge or ())
+        remote = RemoteAnswers(address, request) if name is None else RemoteSession(address, request, name, system)
+        _converse(remote, system, setup.quiet)
         return
     if server_model is not None:
         raise InvalidRequestError("--model names a server's model.", hint=f"Write nanovllm chat {server_model}.")
+    setup = setup if name is None else kept_setup(model or "smollm2", setup)
     with open_llm(model or "smollm2", setup, "chat") as llm:
         if llm.tokenizer.chat_template is None:
             raise InvalidRequestError(
                 f"{model} has no chat template.", param="model", hint="Use nanovllm run --raw, or a chat model."
             )
-        _converse(LocalAnswers(llm, sampling, knowledge or ()), system, setup.quiet)
+        known = knowledge or ()
+        local = LocalAnswers(llm, sampling, known) if name is None else KeptAnswers(llm, sampling, known, name)
+        _converse(local, system, setup.quiet)
 
 
 def _converse(answers: Answers, system: str | None, quiet: bool) -> None:
     """Read lines until one ends the conversation."""
-    talk = Conversation(answers, system)
+    talk = Conversation(answers, system, quiet=quiet)
+    note(answers.opening() or "", quiet=quiet or answers.opening() is None)
     note(HELP, quiet=quiet or not sys.stdin.isatty())
     for line in _lines():
         if not talk.take(line):
             return
 
 
-class Answers(Protocol):
-    """Where answers come from."""
-
-    def stream(self, messages: list[dict[str, Any]]) -> Generator[str]:
-        """The answer, piece by piece; closing it early stops the request. Raises NanoVLLMError."""
-
-    def timeline(self) -> str | None:
-        """Where the last answer's time went; None where there is none."""
-
-    def forget(self) -> None:
-        """The conversation begins anew."""
-
-
-class LocalAnswers:
-    """Answers of an engine in this process."""
-
-    def __init__(self, llm: LLM, sampling: SamplingParams, knowledge: Sequence[str]) -> None:
-        self._llm, self._sampling, self._knowledge = llm, sampling, knowledge
-        self._last: RequestOutput | None = None
-
-    def stream(self, messages: list[dict[str, Any]]) -> Generator[str]:
-        """Ctrl-C within it takes effect between two steps."""
-        with interruptible(self._llm):
-            for output in self._llm.stream(messages, self._sampling, knowledge=self._knowledge):
-                yield output.text
-                self._last = output.final or self._last
-
-    def timeline(self) -> str | None:
-        """The engine's own terms."""
-        return None if self._last is None else f"{summary(self._last)}\n{render(self._last.timeline)}"
-
-    def forget(self) -> None:
-        """Nothing is kept of the last answer."""
-        self._last = None
-
-
 class Conversation:
     """The messages so far, and what one more line does to them."""
 
-    def __init__(self, answers: Answers, system: str | None) -> None:
-        self._answers = answers
+    def __init__(self, answers: Answers, system: str | None, *, quiet: bool = False) -> None:
+        self._answers, self._quiet = answers, quiet
         self._start = [] if system is None else [{"role": "system", "content": system}]
-        self.messages: list[dict[str, Any]] = list(self._start)
+        self.messages: list[dict[str, Any]] = [*self._start, *answers.history()]
 
     def take(self, line: str) -> bool:
         """Act on one line: a command or a message. False when it ends the conversation."""
@@ -153,8 +128,19 @@ class Conversation:
             note(f"{error} /reset starts a new conversation.")
         if shown:
             self.messages.append({"role": "assistant", "content": "".join(shown)})
+            self._keep()
         else:
             self.messages.pop()
+
+    def _keep(self) -> None:
+        try:
+            found = self._answers.keep(self.messages[-2:])
+        except NanoVLLMError as error:
+            if not sys.stdin.isatty():
+                raise
+            note(f"This turn is not kept: {error}")
+        else:
+            note(found or "", quiet=self._quiet or found is None)
 
     def _stream(self, shown: list[str]) -> None:
         """Write the answer as it comes. A piece is in `shown` before it is written: what was seen is remembered."""

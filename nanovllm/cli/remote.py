@@ -22,6 +22,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.lab.address import Address
 from nanovllm.lab.client import first_model, stream_chat
 from nanovllm.lab.streamed_answer import StreamedAnswer
+from nanovllm.lab.streamed_response import StreamedResponse
 
 SERVER_PANEL = "Server"
 ApiKey = Annotated[
@@ -47,8 +48,8 @@ def open_server(
     sampling: SamplingParams,
     setup: Setup,
     knowledge: Sequence[str] = (),
-) -> RemoteAnswers:
-    """The server, seen to be there. Engine flags are refused: its engine was set up when it was started."""
+) -> tuple[Address, dict[str, Any]]:
+    """The server, seen to be there, and what each request carries. Engine flags are refused: its engine is set up."""
     others = {"config": setup.config_file, "log": setup.log, "events": setup.events}
     given = [*setup.settings, *(name for name, value in others.items() if value is not None)]
     if given:
@@ -57,7 +58,7 @@ def open_server(
         )
     address = Address.parse(url, api_key)
     fields = request_fields(model or first_model(address), sampling)
-    return RemoteAnswers(address, {**fields, "knowledge": [*knowledge]} if knowledge else fields)
+    return address, {**fields, "knowledge": [*knowledge]} if knowledge else fields
 
 
 def request_fields(model: str, sampling: SamplingParams) -> dict[str, Any]:
@@ -70,11 +71,11 @@ def request_fields(model: str, sampling: SamplingParams) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Heard:
+class Heard:
     """The last answer, and when it was asked for."""
 
     sent_ns: int
-    answer: StreamedAnswer
+    answer: StreamedAnswer | StreamedResponse
 
 
 class RemoteAnswers:
@@ -82,12 +83,25 @@ class RemoteAnswers:
 
     def __init__(self, address: Address, request: dict[str, Any]) -> None:
         self._address, self._request = address, request
-        self._last: _Heard | None = None
+        self._last: Heard | None = None
+
+    def history(self) -> list[dict[str, Any]]:
+        """None."""
+        return []
+
+    def opening(self) -> str | None:
+        """Nothing to say."""
+        return None
+
+    def keep(self, said: Sequence[dict[str, Any]]) -> str | None:
+        """The caller remembers."""
+        return None
 
     def stream(self, messages: list[dict[str, Any]]) -> Generator[str]:
         """The answer, piece by piece. Raises RemoteError."""
-        heard = _Heard(time.monotonic_ns(), StreamedAnswer())
-        pieces = stream_chat(self._address, {**self._request, "messages": messages}, heard.answer)
+        answer = StreamedAnswer()
+        heard = Heard(time.monotonic_ns(), answer)
+        pieces = stream_chat(self._address, {**self._request, "messages": messages}, answer)
         with closing(pieces):
             for piece in pieces:
                 self._last = heard
@@ -99,10 +113,11 @@ class RemoteAnswers:
 
     def timeline(self) -> str | None:
         """The last answer in two lines; None before the first."""
-        return None if self._last is None else _describe(self._last)
+        return None if self._last is None else described(self._last)
 
 
-def _describe(heard: _Heard) -> str:
+def described(heard: Heard) -> str:
+    """An answer in two lines, by this client's clock."""
     answer, usage = heard.answer, heard.answer.usage
     first_ns, last_ns = answer.text_ns[0], answer.text_ns[-1]
     count = usage.completion_tokens

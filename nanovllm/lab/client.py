@@ -18,11 +18,13 @@ from typing import Any
 from nanovllm.errors import RemoteError
 from nanovllm.lab.address import Address
 from nanovllm.lab.streamed_answer import StreamedAnswer, error_of
+from nanovllm.lab.streamed_response import StreamedResponse
 
 CONNECT_S = 10.0
 SILENCE_S = 300.0  # a long prompt on a slow machine is silent for minutes
 MAX_BODY_BYTES = 2**20
 CHUNK_BYTES = 2**16
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 START_HINT = "Start one with: nanovllm serve"
 
 
@@ -51,7 +53,14 @@ def first_model(address: Address) -> str:
 
 def stream_chat(address: Address, body: dict[str, Any], answer: StreamedAnswer) -> Generator[str]:
     """Ask, fill `answer`, and give its text piece by piece. Raises RemoteError."""
-    with _response(address, "POST", "/v1/chat/completions", body, SILENCE_S) as response:
+    yield from stream_turn(address, CHAT, body, answer)
+
+
+def stream_turn(
+    address: Address, path: str, body: dict[str, Any], answer: StreamedAnswer | StreamedResponse
+) -> Generator[str]:
+    """The same of any path that streams one answer. Raises RemoteError."""
+    with _response(address, "POST", path, body, SILENCE_S) as response:
         _check_is_stream(response)
         while not answer.is_done and (chunk := response.read1(CHUNK_BYTES)):
             text = answer.feed(chunk, time.monotonic_ns())

@@ -34,7 +34,7 @@ class Usage:
         usage = found if isinstance(found, dict) else {}
         details = usage.get("prompt_tokens_details")
         cached = details.get("cached_tokens") if isinstance(details, dict) else None
-        return cls(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), _count(cached))
+        return cls(count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens")), count_of(cached))
 
 
 @dataclass
@@ -62,7 +62,7 @@ class StreamedAnswer:
             self.is_done = True
         if self.is_done:
             return ""
-        event = _object_of(data)
+        event = object_of(data)
         if event.get("error"):
             raise error_of(event)
         if event.get("usage") is not None:
@@ -91,7 +91,8 @@ def error_of(body: Any, status: int = 502, hint: str | None = None) -> RemoteErr
     return RemoteError(f"The server answered: {text[:500]}", code=name, status=status, hint=hint)
 
 
-def _object_of(data: str) -> dict[str, Any]:
+def object_of(data: str) -> dict[str, Any]:
+    """An event's data. Raises RemoteError on what is no JSON object."""
     try:
         event = json.loads(data)
     except (ValueError, RecursionError):
@@ -113,5 +114,6 @@ def _texts(choice: dict[str, Any], names: tuple[str, ...]) -> str:
     return "".join(piece for piece in found if isinstance(piece, str))
 
 
-def _count(value: Any) -> int | None:
+def count_of(value: Any) -> int | None:
+    """A count that a server may have meant; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None

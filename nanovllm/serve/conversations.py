@@ -16,17 +16,16 @@ from starlette.routing import Route
 
 from nanovllm.errors import InvalidRequestError, StateNotFoundError
 from nanovllm.serve.item_pages import item_page, listed
-from nanovllm.serve.items import stored_items
+from nanovllm.serve.items import CONVERSATION, RESERVED, stored_items
 from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.response_protocol import ConversationRequest, ConversationUpdate, ItemsRequest
 from nanovllm.serve.state_api import json_of, query_of
-from nanovllm.serve.turn_store import CONVERSATION, CONVERSATION_PREFIX, Kept
+from nanovllm.serve.turn_store import CONVERSATION_PREFIX, Kept
 from nanovllm.state.objects import Session
 
 PATH = "/v1/conversations"
 ONE = f"{PATH}/{{conversation_id}}"
 ITEMS = f"{ONE}/items"
-_RESERVED = ("resp_", CONVERSATION_PREFIX)
 Change = Callable[[Session], Session]
 
 
@@ -34,8 +33,8 @@ async def create(request: Request) -> Response:
     """A conversation, empty or with its first items."""
     services, ticket = parts_of(request)
     body = await decoded(request, services, ConversationRequest)
-    if body.name is not None and body.name.startswith(_RESERVED):
-        raise InvalidRequestError(f"A name does not begin with {' or '.join(_RESERVED)}.", param="name")
+    if body.name is not None and body.name.startswith(RESERVED):
+        raise InvalidRequestError(f"A name does not begin with {' or '.join(RESERVED)}.", param="name")
     await services.turns.check_room(ticket.tenant)
     items = stored_items(body.items or [], "items")
     session = Session(items, (), {"object": CONVERSATION, "metadata": body.metadata or {}})

@@ -25,6 +25,8 @@ from nanovllm.serve.protocol import (
 from nanovllm.serve.response_protocol import Item, ItemContent, RefusalPart
 
 Stored = dict[str, Any]
+RESPONSE, CONVERSATION = "response", "conversation"  # what a stored turn says it is
+RESERVED = ("resp_", "conv_")  # what ids begin with, and names do not
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}
 _NEEDED = {
     "message": ("role", "content"),

@@ -19,7 +19,7 @@ from nanovllm.serve.answer import Answer
 from nanovllm.serve.chat_order import Asked, asked_of
 from nanovllm.serve.context import Services, Tenant, Ticket
 from nanovllm.serve.item_pages import item_page
-from nanovllm.serve.items import Stored, messages_of, stored_items
+from nanovllm.serve.items import CONVERSATION, RESPONSE, Stored, messages_of, stored_items
 from nanovllm.serve.knowledge import prompt_of
 from nanovllm.serve.protocol import ChatRequest, SystemMessage
 from nanovllm.serve.reception import decoded, parts_of
@@ -30,7 +30,7 @@ from nanovllm.serve.response_protocol import ConversationName, ResponseRequest
 from nanovllm.serve.session_hint import session_of
 from nanovllm.serve.turn import Turn
 from nanovllm.serve.turn_history import History, prompt_after
-from nanovllm.serve.turn_store import CONVERSATION, RESPONSE, Kept
+from nanovllm.serve.turn_store import Kept
 
 PATH = "/v1/responses"
 ONE = f"{PATH}/{{response_id}}"

@@ -20,11 +20,11 @@ from nanovllm.errors import NanoVLLMError
 from nanovllm.serve import sse
 from nanovllm.serve.answer import Course, Prompt
 from nanovllm.serve.context import Services, Ticket
-from nanovllm.serve.items import Stored
+from nanovllm.serve.items import CONVERSATION, RESPONSE, Stored
 from nanovllm.serve.response_answer import ResponseStream, ResponseWhole
 from nanovllm.serve.response_draft import Draft
 from nanovllm.serve.turn_history import History, diagnose
-from nanovllm.serve.turn_store import CONVERSATION, RESPONSE, Kept
+from nanovllm.serve.turn_store import Kept
 from nanovllm.state.objects import Session
 
 

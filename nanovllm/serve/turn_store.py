@@ -27,10 +27,10 @@ from nanovllm.errors import (
 )
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.context import Tenant
+from nanovllm.serve.items import CONVERSATION, RESPONSE
 from nanovllm.state.objects import Session, StateObject
 
 KIND = "session"
-RESPONSE, CONVERSATION = "response", "conversation"
 CONVERSATION_PREFIX = "conv_"
 _FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r"conv_([0-9a-f]{32})")}
 STATE_S = 60.0  # for one call on the state; a tier's own deadlines are seconds

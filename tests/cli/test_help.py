@@ -65,7 +65,10 @@ OWN = {"--name", "--version", "--namespace", "--ttl"}
 DOCUMENT = {"--system", "--template", "--public", "--wait"}
 SNAPSHOT = {
     "run": {"--system", "--raw", "--timeline", "--json", "--help"} | OUTPUT | SAMPLING | ENGINE,
-    "chat": {"--system", "--knowledge", "--url", "--api-key", "--model", "--help"} | OUTPUT | SAMPLING | ENGINE,
+    "chat": {"--system", "--session", "--knowledge", "--url", "--api-key", "--model", "--help"}
+    | OUTPUT
+    | SAMPLING
+    | ENGINE,
     "serve": {flag_of(name) for name, _ in setting_fields()} | {"--help", "--quiet", "--seed"} | ENGINE,
     "pull": {"--json", "--quiet", "--help"},
     "doctor": {"--json", "--help"},

@@ -16,8 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm import __version__
-from nanovllm.serve import knowledge_paths, protocol, replies, turn_paths
+from nanovllm.serve import knowledge_paths, protocol, replies, state_paths, turn_paths
 from nanovllm.serve.response_protocol import ResponseRequest
+from nanovllm.serve.state_api import BINARY
+from nanovllm.serve.state_replies import StateErrorReply
 
 REFUSALS = {
     "400": "a field is malformed, unknown or cannot be honoured; `param` names it",
@@ -51,9 +53,10 @@ _ENDPOINTS: tuple[tuple[str, str, Any, Any, Any, str], ...] = (
     ("/version", "get", None, replies.VersionReply, None, "The version of the package"),
     *turn_paths.ENDPOINTS,
     *knowledge_paths.ENDPOINTS,
+    *state_paths.ENDPOINTS,
 )
-_QUERIES = {**turn_paths.QUERIES, **knowledge_paths.QUERIES}
-_CALLS = {**turn_paths.CALLS, **knowledge_paths.CALLS}
+_QUERIES = {**turn_paths.QUERIES, **knowledge_paths.QUERIES, **state_paths.QUERIES}
+_CALLS = {**turn_paths.CALLS, **knowledge_paths.CALLS, **state_paths.CALLS}
 
 
 async def openapi(request: Request) -> Response:
@@ -68,8 +71,9 @@ def _rendered() -> bytes:
 
 def document() -> dict[str, Any]:
     """The document as data."""
-    kinds = [kind for _, _, *triple, _ in _ENDPOINTS for kind in triple if kind is not None]
-    _, components = msgspec.json.schema_components([*kinds, replies.ErrorReply], ref_template=_REF + "{name}")
+    kinds = [kind for _, _, *triple, _ in _ENDPOINTS for kind in triple if kind not in (None, bytes)]
+    kinds += [replies.ErrorReply, StateErrorReply]
+    _, components = msgspec.json.schema_components(kinds, ref_template=_REF + "{name}")
     for kind in (protocol.ChatRequest, protocol.CompletionRequest, ResponseRequest):
         _mark(components[kind.__name__], kind)
     paths: dict[str, Any] = {}
@@ -85,17 +89,18 @@ def document() -> dict[str, Any]:
 
 
 def _operation(path: str, method: str, asked: Any, answered: Any, chunk: Any, summary: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": _ref(answered)}}
+    content = _content(answered)
     if chunk is not None:
         content["text/event-stream"] = {"schema": _ref(chunk) | {"description": "data: one such object a line"}}
     responses: dict[str, Any] = {"200": {"description": summary, "content": content}}
     queries = _QUERIES.get((path, method), ())
     few = (*_SMALL, *(["404"] if "{" in path else []), *(["400"] if queries else []), *_CALLS.get(path, ()))
+    failed = StateErrorReply if path in state_paths.PATHS else replies.ErrorReply
     for status in REFUSALS if asked is not None else few:
-        responses[status] = _refusal(status, answered if answered is replies.StatusReply else replies.ErrorReply)
+        responses[status] = _refusal(status, answered if answered is replies.StatusReply else failed)
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if asked is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(asked)}}}
+        operation["requestBody"] = {"required": True, "content": _content(asked)}
     named = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in re.findall(r"{(\w+)}", path)
@@ -110,6 +115,12 @@ def _refusal(status: str, kind: Any) -> dict[str, Any]:
     if kind is replies.StatusReply:  # a health path says its state; the gate, what it refuses
         schema = {"anyOf": [schema, _ref(replies.ErrorReply)]}
     return {"description": REFUSALS[status], "content": {"application/json": {"schema": schema}}}
+
+
+def _content(kind: Any) -> dict[str, Any]:
+    if kind is bytes:
+        return {BINARY: {"schema": {"type": "string", "format": "binary"}}}
+    return {"application/json": {"schema": _ref(kind)}}
 
 
 def _ref(kind: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from nanovllm.state.receipts import Explanation, Receipt
 MAX_PAGE = 100
 _ID = re.compile(r"[0-9a-f]{32}")
 _CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-f]{32})")
-_OMITTED = ("payload_key", "root", "chain")
+OMITTED = ("payload_key", "root", "chain")
 
 
 def namespace_of(state_id: str, given: str | None) -> str | None:
@@ -30,7 +30,7 @@ def namespace_of(state_id: str, given: str | None) -> str | None:
 
 def object_facts(obj: StateObject) -> dict[str, Any]:
     """What is known of an object, without its content."""
-    facts = {name: getattr(obj, name) for name in obj.__struct_fields__ if name not in _OMITTED}
+    facts = {name: getattr(obj, name) for name in obj.__struct_fields__ if name not in OMITTED}
     return {**facts, "num_blocks": len(obj.chain)}
 
 

@@ -8,7 +8,8 @@ when it is exported.
 from __future__ import annotations
 
 NS = 10**9
-REASONS = ("stop", "length", "abort", "error")
+PREFILLED = "prefilled"
+REASONS = ("stop", "length", "abort", "error", PREFILLED)
 REJECTIONS = ("server_overloaded", "rate_limit_exceeded")  # there from the start, so that rate() sees the first one
 
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,

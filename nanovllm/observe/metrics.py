@@ -28,7 +28,16 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from nanovllm.observe.instruments import Histogram, Monotone
-from nanovllm.observe.metric_names import COUNTERS, HISTOGRAMS, LOADS, READ_FROM_ENGINE, REASONS, REJECTIONS, SPILLS
+from nanovllm.observe.metric_names import (
+    COUNTERS,
+    HISTOGRAMS,
+    LOADS,
+    PREFILLED,
+    READ_FROM_ENGINE,
+    REASONS,
+    REJECTIONS,
+    SPILLS,
+)
 from nanovllm.observe.tier_metrics import TierFacts, TierMetrics, Values
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -117,6 +126,8 @@ class EngineMetrics(Collector):
         """A request is over."""
         self._outcomes[request.reason if request.reason in REASONS else "error"] += 1
         self._totals["num_aborted_requests"] += request.reason == "abort"
+        if request.reason == PREFILLED:  # a document's KV: nobody waited for an answer, so it has no place among times
+            return
         if request.queue_ns is not None:  # it was scheduled
             self._totals["prefix_cache_queries"] += request.queried_tokens
             self._totals["prefix_cache_hits"] += request.cached_tokens

@@ -132,6 +132,20 @@ def test_after_a_restart_text_and_kv_come_from_the_disk(tmp_path: Path) -> None:
         assert second.get(f"{PATH}/library").json["system"] == SYSTEM
 
 
+def test_a_prefill_is_no_failure_and_no_answer_in_the_metrics(live: LiveServer) -> None:
+    def counted(name: str) -> float:
+        page = live.get("/metrics").body.decode()
+        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
+
+    errors = 'nanovllm:request_success_total{engine="0",finished_reason="error"'
+    names = (errors, errors.replace("error", "prefilled"), "nanovllm:e2e_request_latency_seconds_count")
+    before = [counted(name) for name in names]
+    upload(live, "counted", text="Counted once. " * 9)
+    until(lambda: counted(names[1]) == before[1] + 1, "it is not counted")
+    assert [counted(name) for name in names] == [before[0], before[1] + 1, before[2]]
+    clear(live, "counted")
+
+
 def test_a_list_and_a_look(live: LiveServer) -> None:
     for version in "123":
         upload(live, "list", version=version, text=f"Version {version}.", template="<{document}>", wait=False)

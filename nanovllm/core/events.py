@@ -45,6 +45,8 @@ WAIT_REASONS = (
     "producer",
     "preempted",
 )
+MOVES = ("load", "write", "failure")
+OUTCOMES = ("done", "partial", "failed", "refused", "closed", "half_open", "open")
 BLOCK_CALLS = ("can_allocate", "allocate", "deallocate", "hash_blocks")
 
 
@@ -118,7 +120,26 @@ class BlockEvent(NamedTuple):
     token_ids: tuple[int, ...] | None
 
 
-Event = RequestEvent | StepEvent | WaitEvent | BlockEvent
+class MoveEvent(NamedTuple):
+    """KV moved between the device and a lower tier, or could not: it is told when that ended.
+
+    `load`: of a request's prefix (`done`, `partial`, `failed`; `refused`: computing was cheaper). `write`: behind the
+    device, so many blocks in one go (`done`, `failed`). `failure`: the tier failed at something; the outcome is the
+    state of its breaker since then. `blocks` and `size_bytes` are what arrived.
+    """
+
+    seq: int
+    ts_ns: int
+    move: str
+    tier: str
+    request_id: str
+    blocks: int
+    size_bytes: int
+    duration_ns: int
+    outcome: str
+
+
+Event = RequestEvent | StepEvent | WaitEvent | BlockEvent | MoveEvent
 
 
 class EventBus:
@@ -193,6 +214,21 @@ class EventBus:
         self._append(
             BlockEvent(self._next_seq, self._clock.now_ns(), action, digest, parent, block_size, medium, token_ids)
         )
+
+    def move(
+        self,
+        move: str,
+        tier: str,
+        outcome: str,
+        *,
+        request_id: str = "",
+        blocks: int = 0,
+        size_bytes: int = 0,
+        duration_ns: int = 0,
+    ) -> None:
+        """Emit a `MoveEvent`."""
+        told = (move, tier, request_id, blocks, size_bytes, duration_ns, outcome)
+        self._append(MoveEvent(self._next_seq, self._clock.now_ns(), *told))
 
     def reader(self, *, from_start: bool = False) -> EventReader:
         """A reader that starts at the present, or at the oldest event still kept."""

@@ -22,6 +22,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.device_state_tier import DeviceStateTier, store_namespace
 from nanovllm.engine.kv_state import Binding, DeviceState, Match, TransferReport
 from nanovllm.engine.load_plan import AUTO, NEVER, LoadPlan, blocks_below, plan_load
+from nanovllm.engine.moves import Moves
 from nanovllm.engine.prefix_index import Block
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_costs import StepCosts
@@ -86,6 +87,8 @@ class TieredState(DeviceState):
         self.is_active = bool(kv_tiers) and block_manager.prefix_mode == "reuse"
         self.behind = WriteBehind(device, store, kv_tiers, bytes_per_step)
         self.written = WrittenCalls(store, self.behind, root_of or (lambda name, salt: store.plane.root_of(name)))
+        self.moves = Moves(block_manager.events, store.plane, device.block_bytes)
+        self.behind.on_written = self.moves.written
         self._loads: OrderedDict[Sequence, PendingLoad] = OrderedDict()
         self._generation = 0
         self._budget = bytes_per_step
@@ -150,6 +153,7 @@ class TieredState(DeviceState):
         """What time brings: transfers that ended, pins and objects that expire."""
         with self._harmless():
             self.store.tick()
+            self.moves.watch()
 
     def rest(self) -> None:
         """Nothing to do: what time brings, and what was learnt is written down now and then."""
@@ -192,6 +196,7 @@ class TieredState(DeviceState):
         if not plan.is_worth_it and not lookups:
             self.counters.loads_refused += 1
             self._receipt(seq, plan, 0, now, plan.reason)
+            self.moves.refused(seq.request_id, plan.tiers[0])
             return None
         self._generation += 1
         return PendingLoad(seq, self._generation, plan, first, now, lookups=lookups or None)
@@ -258,6 +263,7 @@ class TieredState(DeviceState):
             reason = load.plan.reason if is_whole else f"{wanted - load.num_done} of {wanted} blocks did not come"
             with self._harmless():
                 self._receipt(load.seq, load.plan, load.num_done, load.started_ns, reason)
+                self.moves.load(load.seq.request_id, load.plan.tiers[0], load.num_done, wanted, load.started_ns)
         came = Counter(load.plan.tiers[: load.num_done])
         tokens = {tier: count * size for tier, count in came.items()}
         is_ok = load.num_done > 0 or wanted == 0

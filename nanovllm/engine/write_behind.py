@@ -10,7 +10,7 @@ to it again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from nanovllm.engine.device_state_tier import DeviceStateTier
@@ -18,6 +18,7 @@ from nanovllm.engine.prefix_index import Block
 from nanovllm.state.mover import Transfer
 from nanovllm.state.objects import KVBlock
 from nanovllm.state.place import Place
+from nanovllm.state.steps import after
 from nanovllm.state.store import StateStore
 
 MAX_QUEUED = 65_536
@@ -51,6 +52,7 @@ class WriteBehind:
     def __init__(self, device: DeviceStateTier, store: StateStore, tiers: tuple[str, ...], bytes_per_step: int) -> None:
         self.tiers = tiers
         self.written_blocks = self.dropped_blocks = 0
+        self.on_written: Callable[[str, int, Transfer], None] = lambda tier, blocks, transfer: None
         self._device, self._store = device, store
         self._backlogs = {name: Backlog(store.plane.places[name]) for name in tiers}
         self._budget = self._eviction_budget = bytes_per_step
@@ -147,3 +149,4 @@ class WriteBehind:
             return
         self.written_blocks += len(pairs)
         backlog.writes.append(transfer)
+        after(transfer, lambda: self.on_written(backlog.place.name, len(pairs), transfer))

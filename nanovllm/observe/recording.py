@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nanovllm.core.events import BlockEvent, Event, RequestEvent, StepEvent, WaitEvent
+from nanovllm.core.events import BlockEvent, Event, MoveEvent, RequestEvent, StepEvent, WaitEvent
 from nanovllm.errors import RecordingError
 from nanovllm.observe.records import RunEnd, RunHeader, from_record, header_from
 
@@ -35,6 +35,7 @@ class Recording:
     steps: list[StepEvent] = field(default_factory=list)
     waits: list[WaitEvent] = field(default_factory=list)
     blocks: list[BlockEvent] = field(default_factory=list)
+    moves: list[MoveEvent] = field(default_factory=list)
     end: RunEnd | None = None
     cut_line: int | None = None  # the number of the last line, where it has no end
 
@@ -47,6 +48,8 @@ class Recording:
             self.steps.append(event)
         elif isinstance(event, WaitEvent):
             self.waits.append(event)
+        elif isinstance(event, MoveEvent):
+            self.moves.append(event)
         else:
             self.blocks.append(event)
 

@@ -7,7 +7,7 @@ another type is refused with a sentence. A record without the key `record` is a 
 
     {"schema":1,"record":"header", ...}                      the first line: what ran, on what, under which policy
     {"schema":1,"seq":0,"ts_ns":0,"request_id":"req-1","stage":"entered","epoch":0,...}     request events
-    {"schema":1,"record":"step" | "wait" | "block", "seq":1,"ts_ns":0, ...}                 the others
+    {"schema":1,"record":"step" | "wait" | "block" | "move", "seq":1,"ts_ns":0, ...}        the others
     {"schema":1,"record":"end","dropped":0,"omitted":0,"processor_ns":0}                    the last line of a whole run
 """
 
@@ -19,11 +19,14 @@ from typing import Any
 
 from nanovllm.core.events import (
     BLOCK_CALLS,
+    MOVES,
+    OUTCOMES,
     SCHEMA,
     STAGES,
     WAIT_REASONS,
     BlockEvent,
     Event,
+    MoveEvent,
     RequestEvent,
     StepEvent,
     WaitEvent,
@@ -32,12 +35,16 @@ from nanovllm.errors import shown
 
 LABELS = ("measured", "simulated")
 PRIOR_STATES = ("cold", "warm")
-_NAMES = {StepEvent: "step", WaitEvent: "wait", BlockEvent: "block"}
-_KINDS: dict[str | None, type[Event]] = {None: RequestEvent, "step": StepEvent, "wait": WaitEvent, "block": BlockEvent}
-_TEXTS = frozenset({"request_id", "stage", "reason", "behind", "action", "medium", "digest", "parent"})
+_NAMES = {StepEvent: "step", WaitEvent: "wait", BlockEvent: "block", MoveEvent: "move"}
+_KINDS: dict[str | None, type[Event]] = {None: RequestEvent, **{name: kind for kind, name in _NAMES.items()}}
+_TEXTS = frozenset(
+    {"request_id", "stage", "reason", "behind", "action", "medium", "digest", "parent", "move", "tier", "outcome"}
+)
 _SETS: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
     "reason": WAIT_REASONS,
+    "move": MOVES,
+    "outcome": OUTCOMES,
     "label": LABELS,
     "prior_state": PRIOR_STATES,
 }

@@ -39,11 +39,14 @@ def begin(steps: Steps[T], then: Then[T]) -> None:
     except Exception as error:  # noqa: BLE001  it belongs to whoever asked
         then(None, error)
     else:
-        _after(transfer, lambda: begin(steps, then))
+        after(transfer, lambda: begin(steps, then))
 
 
-def _after(transfer: Transfer, go_on: Callable[[], None]) -> None:
-    """What the transfer was to do at its end comes first."""
+def after(transfer: Transfer, go_on: Callable[[], None]) -> None:
+    """Call `go_on` when the transfer ends, or now where it has; what it was to do at its end comes first."""
+    if transfer.done:
+        go_on()
+        return
     first = transfer.then
 
     def ended(done: Transfer) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanovllm.core.cost_table import CostTable
+from nanovllm.core.events import MoveEvent
 from nanovllm.engine.integrity import check_blocks
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.step_costs import StepCosts
@@ -240,6 +241,7 @@ def test_a_load_starts_only_where_it_is_cheaper_and_the_receipt_has_both_estimat
     assert receipt.detail["estimated_compute_ms"] == pytest.approx(28 * compute_ms)
     assert receipt.detail["estimated_load_ms"] > 0
     assert bench.state.counters.loads_refused == (not loads_it)
+    assert [event.outcome for event in moves(bench, "load")] == ["done" if loads_it else "refused"]
 
 
 def test_attention_is_told_apart_where_the_steps_show_it() -> None:
@@ -275,6 +277,40 @@ def test_costs_are_a_line_through_recent_steps() -> None:
     for new in (32, 64, 128, 256):
         costs.observe(new, 5 + 0.5 * new)
     assert costs.ms(0, 1000) == pytest.approx(505) and costs.table().estimate(0, 10).label == "estimated"
+
+
+def moves(bench: StateBench, move: str) -> list[MoveEvent]:
+    events = bench.engine.events.reader(from_start=True).poll()
+    return [event for event in events if isinstance(event, MoveEvent) and event.move == move]
+
+
+def test_what_moved_is_told_as_events() -> None:
+    bench = warm()
+    size = bench.state.device.block_bytes
+    assert {(event.tier, event.outcome) for event in moves(bench, "write")} == {("cellar", "done")}
+    assert sum(event.blocks for event in moves(bench, "write")) == bench.state.facts()["spilled_blocks"] == 7
+    request_id = bench.engine.add_request(PROMPT, greedy(1))
+    bench.bench.drain()
+    (load,) = moves(bench, "load")
+    assert load[3:7] == ("cellar", request_id, 7, 7 * size) and load.outcome == "done"
+    bench.forget_device()
+    bench.cellar.drop([bench.store.plane.chain_of(PROMPT, "default")[2]])
+    bench.run(PROMPT, greedy(1))
+    assert (moves(bench, "load")[1].blocks, moves(bench, "load")[1].outcome) == (2, "partial")
+    assert not moves(bench, "failure")
+
+
+def test_a_tier_that_fails_is_told_once_a_step_and_how_it_is_left() -> None:
+    bench = StateBench(load_mode="auto")
+    bench.cellar.is_failing = True
+    for i in range(6):
+        bench.run([i, *PROMPT], greedy(1))
+        bench.write_all()
+    told = [event.outcome for event in moves(bench, "failure")]
+    assert (
+        told[0] == "closed" and told[-1] == "open" and len(told) <= bench.store.plane.places["cellar"].counters.failures
+    )
+    assert {event.outcome for event in moves(bench, "write")} == {"failed"}
 
 
 # -- names, pins, eviction -----------------------------------------------------------------------------

@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.core.clock import VirtualClock
-from nanovllm.core.events import STAGES, WAIT_REASONS, BlockEvent, EventBus, RequestEvent, StepEvent, WaitEvent
+from nanovllm.core.events import (
+    MOVES,
+    OUTCOMES,
+    STAGES,
+    WAIT_REASONS,
+    BlockEvent,
+    EventBus,
+    MoveEvent,
+    RequestEvent,
+    StepEvent,
+    WaitEvent,
+)
 from nanovllm.errors import ConfigError, RecordingError
 from nanovllm.observe.recording import MAX_LINE_BYTES, read_recording
 from nanovllm.observe.recording_writer import JsonlWriter
@@ -25,6 +36,7 @@ EVENTS = st.one_of(
     st.builds(RequestEvent, *[numbers] * 2, ids, st.sampled_from(STAGES), *[numbers] * 6),
     st.builds(StepEvent, *[numbers] * 11, st.none() | st.tuples(*[numbers] * 4)),
     st.builds(WaitEvent, *[numbers] * 2, ids, st.sampled_from(WAIT_REASONS), *[numbers] * 3, ids),
+    st.builds(MoveEvent, *[numbers] * 2, st.sampled_from(MOVES), ids, ids, *[numbers] * 3, st.sampled_from(OUTCOMES)),
     st.builds(BlockEvent, *[numbers] * 2, ids, digests, digests, numbers, ids, st.none()),
 )
 

@@ -31,12 +31,23 @@ from nanovllm.core.cache_dir import cache_dir
 logger = logging.getLogger("nanovllm")
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "kernels.c", FOLDER / "grouped.c")
-HEADERS = (FOLDER / "vectors.h", FOLDER / "prefill.h")
+SOURCES = (FOLDER / "kernels.c", FOLDER / "grouped.c", FOLDER / "few_rows.c", FOLDER / "team.c")
+HEADERS = (FOLDER / "kernels.h", FOLDER / "vectors.h", FOLDER / "prefill.h")
 DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall", "-pthread")
 LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64-v2"}  # by torch's name of what it uses
 TIMEOUT_S = 120
+NAMES = (
+    "add_norm",
+    "silu_mul",
+    "attend_layer",
+    "grouped_linear",
+    "few_rows",
+    "team_open",
+    "team_call",
+    "team_dismiss",
+    "team_close",
+)
 
 ADDRESS, COUNT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -167,6 +178,11 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     library.silu_mul.argtypes = (ADDRESS, ADDRESS, COUNT, COUNT, ADDRESS, ctypes.c_int)
     library.attend_layer.argtypes = (ctypes.POINTER(StepArgs),)
     library.grouped_linear.argtypes = (ctypes.POINTER(GroupedArgs), ADDRESS, ctypes.c_int)
-    for function in (library.add_norm, library.silu_mul, library.attend_layer, library.grouped_linear):
-        function.restype = None
+    library.few_rows.argtypes = (ADDRESS, ADDRESS)
+    library.team_open.argtypes = (ctypes.c_int,)
+    for function in (library.team_call, library.team_dismiss, library.team_close):
+        function.argtypes = (ADDRESS,)
+    for name in NAMES:
+        getattr(library, name).restype = None
+    library.team_open.restype = ADDRESS
     return library

@@ -10,31 +10,23 @@ its prompt was cut into chunks or on the number of threads.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from nanovllm.kernels import c_library
 from nanovllm.kernels.c_library import DEFINES, StepArgs
+from nanovllm.kernels.compiled_plan import CompiledPlan
 from nanovllm.kernels.cpu import CpuKernels
+from nanovllm.kernels.few_rows import FewRows, can_take
 from nanovllm.kernels.grouped_linear import GroupedLinear, can_group
 from nanovllm.kernels.grouped_weight import GroupedWeight
-from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Linear, StepLayout
+from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, DecoderLayer, Linear, StepLayout, WholeDecoder
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedPlan
 
 LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
-
-
-@dataclass(frozen=True)
-class CompiledPlan:
-    """One step for kernels.c. `args` points into `arrays`."""
-
-    pool: torch.Tensor
-    geometry: AttentionGeometry
-    args: StepArgs
-    arrays: tuple[torch.Tensor, ...]
 
 
 class CompiledKernels(CpuKernels):
@@ -54,6 +46,14 @@ class CompiledKernels(CpuKernels):
         if grouped is None or not can_group(grouped):
             return packed
         return GroupedLinear(grouped, bias, packed, self._libraries[weight.dtype], self._parallel)
+
+    def whole(
+        self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float
+    ) -> WholeDecoder | None:
+        """One call for few rows, where all weights are grouped."""
+        if not can_take(layers, head):
+            return None
+        return FewRows(layers, final_norm, head, eps, self._libraries[final_norm.dtype])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """One pass, float32 inside."""

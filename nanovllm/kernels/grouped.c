@@ -6,22 +6,13 @@
  * five. What a step must read is a third (4 bits) or two thirds (8 bits) of what bfloat16 takes.
  * A word of 16 bits has `16 / bits` codes: word l of a run of sixteen words has those of the inputs l, l + 16, ...
  */
-#include "vectors.h"
+#include "kernels.h"
 
 #define GROUP 32
 #define FEW 4         /* rows at most */
 #define MAX_IN 32768  /* inputs at most: x lies on the stack as floats */
 #define OUTPUTS 16    /* of one item of work */
 #define RUN 16        /* words: as the weights lie, whatever a register holds */
-
-typedef struct {
-    const uint16_t *codes;         /* [out, in * bits / 16] */
-    const float *scales, *offsets; /* [out, in / GROUP] */
-    const elem *bias;              /* [out], or NULL */
-    const elem *x;                 /* [rows, in] */
-    elem *y;                       /* [rows, out] */
-    int64_t rows, in, out, bits;
-} grouped_args;
 
 typedef struct {
     const grouped_args *of;

@@ -45,13 +45,15 @@ class GroupedLinear:
         """How many rows it computes for `count`."""
         return count if count <= FEW else self._packed.rows(count)
 
+    def args(self, x: int | None = None, y: int | None = None, rows: int = 0) -> GroupedArgs:
+        """The call's argument for `rows` rows at address `x`, with the result at `y`."""
+        return GroupedArgs(*self._addresses, x, y, rows, self._inputs, self._outputs, self._bits)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > FEW:
             return self._packed(x)
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self._outputs)
-        args = GroupedArgs(
-            *self._addresses, x.data_ptr(), y.data_ptr(), x.shape[0], self._inputs, self._outputs, self._bits
-        )
+        args = self.args(x.data_ptr(), y.data_ptr(), x.shape[0])
         self._library.grouped_linear(ctypes.byref(args), self._parallel, torch.get_num_threads())
         return y

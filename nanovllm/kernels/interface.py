@@ -11,7 +11,7 @@ over its layers and lie in the canonical order of stored state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +56,32 @@ class AttentionPlan(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer's weights. qkv and gate_up are fused: one matrix product reads the input once."""
+
+    input_norm: torch.Tensor  # [hidden]
+    qkv: Linear  # [N, hidden] -> [N, (H + 2G) * D]
+    out: Linear  # [N, H * D] -> [N, hidden]
+    post_norm: torch.Tensor  # [hidden]
+    gate_up: Linear  # [N, hidden] -> [N, 2 * intermediate]
+    down: Linear  # [N, intermediate] -> [N, hidden]
+    q_norm: torch.Tensor | None = None  # [D], Qwen3
+    k_norm: torch.Tensor | None = None
+
+
+class WholeDecoder(Protocol):
+    """All layers and the head as one operation, for the steps it takes."""
+
+    def takes(self, plan: AttentionPlan) -> bool:
+        """Whether a step is one of those."""
+        ...
+
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """Logits [N, vocab] of x [N, hidden], the embedded tokens, which are used up; KV is written as layers do."""
+        ...
+
+
 class Kernels(Protocol):
     """One way to compute. Implementations hold no state of any request."""
 
@@ -73,6 +99,12 @@ class Kernels(Protocol):
 
         Rows beyond the N of a step's plan are computed with the others, and mean nothing.
         """
+        ...
+
+    def whole(
+        self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float
+    ) -> WholeDecoder | None:
+        """A decoder of these weights as one operation; None where there is none for them."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -5,7 +5,7 @@
  * Names as in interface.py: N tokens, S sequences, H query heads, G KV heads, R = H / G, D head size.
  * The pool is [blocks, layers, 2, G, block_size, D]; `kv` points at layer l's keys in block 0.
  */
-#include "vectors.h"
+#include "kernels.h"
 
 #define CHUNK 256   /* keys that one unit of attention looks at; part of the result's order of sums */
 #define MAX_R 16    /* query heads that share a KV head */
@@ -65,25 +65,6 @@ void silu_mul(const elem *gate_up, elem *out, int64_t rows, int64_t width, paral
 
 /* -- attention --------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    /* of the step; set once by the plan */
-    int64_t num_tokens, num_decodes, num_units, heads, kv_heads, dim, block_size, block_stride, max_blocks, window;
-    const int64_t *slot_blocks, *slot_offsets;      /* [N] where each token's KV goes */
-    const int64_t *tables;                          /* [S, max_blocks] */
-    const int64_t *decodes, *decode_rows, *contexts; /* [U] sequences of one query: which, their row, their keys */
-    const int64_t *unit_seqs, *first_units;         /* [U] sequence of a unit; [S + 1] first unit of a sequence */
-    float *partial;                                 /* [U, G, R, D + 2]: weighted values, their weight, largest score */
-    int64_t num_tiles;                              /* T tiles: tokens of one sequence that attend together */
-    const int64_t *tile_seqs, *tile_rows, *tile_counts, *tile_positions; /* [T]; first row of the step, first position */
-    parallel_fn parallel;
-    int64_t threads;
-    float scale;
-    /* of the layer */
-    elem *qkv;              /* [N, H + 2 G, D]; q is rotated in place */
-    elem *kv;               /* keys of this layer in block 0; values lie G * block_size * D behind */
-    const elem *cos, *sin;  /* [N, D / 2], or NULL: nothing is rotated */
-    elem *out;              /* [N, H, D] */
-} step_args;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -6,13 +6,21 @@ about: speed. It gathers one sequence at a time and masks explicitly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.grouped_weight import GroupedWeight
-from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Linear, StepLayout
+from nanovllm.kernels.interface import (
+    AttentionGeometry,
+    AttentionPlan,
+    DecoderLayer,
+    Linear,
+    StepLayout,
+    WholeDecoder,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,12 @@ class ReferenceKernels:
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
         """Unpacked matrix product."""
         return lambda x: F.linear(x, weight, bias)
+
+    def whole(
+        self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float
+    ) -> WholeDecoder | None:
+        """There is none: a decoder is its layers."""
+        return None
 
     def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As they are."""

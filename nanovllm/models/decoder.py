@@ -12,29 +12,13 @@ Families differ in `project_qkv` only; see llama.py and qwen.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.grouped_weight import GroupedWeight
-from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, Kernels, Linear
+from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, DecoderLayer, Kernels, Linear
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.weights import WeightSource
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """One layer's weights. qkv and gate_up are fused: one matrix product reads the input once."""
-
-    input_norm: torch.Tensor  # [hidden]
-    qkv: Linear  # [N, hidden] -> [N, (H + 2G) * D]
-    out: Linear  # [N, H * D] -> [N, hidden]
-    post_norm: torch.Tensor  # [hidden]
-    gate_up: Linear  # [N, hidden] -> [N, 2 * intermediate]
-    down: Linear  # [N, intermediate] -> [N, hidden]
-    q_norm: torch.Tensor | None = None  # [D], Qwen3
-    k_norm: torch.Tensor | None = None
 
 
 class WeightReader:
@@ -74,6 +58,7 @@ class DecoderModel:
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         head = self.embedding if config.tie_word_embeddings else reader.tensor(name)
         self.head = kernels.linear(head, None, source.grouped(name))  # [M, hidden] -> [M, vocab]
+        self.whole = kernels.whole(self.layers, self.final_norm, self.head, config.rms_norm_eps)
         self.inv_freq = config.inv_freq().to(device)  # [D / 2]
         self.geometry = AttentionGeometry(
             config.num_heads,
@@ -105,6 +90,8 @@ class DecoderModel:
         linear = self.layers[0].qkv
         x = F.embedding(self.kernels.padded(token_ids, linear), self.embedding)  # [N, hidden], or some more rows
         cos, sin = self.rotations(self.kernels.padded(positions, linear))
+        if self.whole is not None and len(last) == len(x) and self.whole.takes(plan):
+            return self.whole(x, cos, sin, plan)
         delta = torch.zeros_like(x)  # what the last linear adds to x; summed where x is normalised next
         for i, layer in enumerate(self.layers):
             x, normed = self.add_norm(x, delta, layer.input_norm)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.models.decoder import DecoderLayer, DecoderModel
+from nanovllm.kernels.interface import DecoderLayer
+from nanovllm.models.decoder import DecoderModel
 
 
 class Qwen2ForCausalLM(DecoderModel):

@@ -24,11 +24,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache in which nothing was compiled yet, and a source of the same four names that compiles at once."""
+    """A cache in which nothing was compiled yet, and a source of the same names that compiles at once."""
     source = tmp_path / "kernels.c"
-    source.write_text(
-        "".join(f"void {name}(void) {{}} " for name in ("add_norm", "silu_mul", "attend_layer", "grouped_linear"))
-    )
+    source.write_text("".join(f"void {name}(void) {{}} " for name in c_library.NAMES))
     monkeypatch.setattr(c_library, "SOURCES", (source,))
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kernels"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
+from nanovllm.kernels.few_rows import FewRows
 from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
 from nanovllm.kernels.grouped_weight import GROUP, GroupedWeight
 from nanovllm.kernels.packed_linear import PackedLinear
@@ -93,3 +98,35 @@ def test_the_default_model_decodes_from_its_groups() -> None:
         assert isinstance(model.head, GroupedLinear | PackedLinear)
         out = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=12))[0]
     assert "Paris" in out.text
+
+
+def test_a_step_of_few_tokens_in_one_call_has_the_bits_of_its_layers() -> None:
+    prompts = [[7, 8, 9, 10 + i] for i in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=3, ignore_eos=True)
+    with LLM("smollm2", dtype="bfloat16", num_blocks=64, max_model_len=256, prefix_mode="off") as llm:
+        model = llm.engine.runner.model  # type: ignore[attr-defined]
+        together = llm.generate(prompts, params)
+        whole, model.whole = model.whole, None
+        one_by_one = llm.generate(prompts, params)
+    assert isinstance(whole, FewRows) == isinstance(model.head, GroupedLinear)
+    for a, b in zip(together, one_by_one, strict=True):
+        assert a.token_ids == b.token_ids and a.completions[0].logprobs == b.completions[0].logprobs
+
+
+def test_a_team_serves_calls_one_after_another_and_ends() -> None:
+    """Sums over rows of a product that four threads share on whatever cores there are: no item lost, none twice."""
+    library, weight = c_library.load(torch.float32), drawn(64 * 16, 64, 8)
+    before = threading.active_count(), len(os.listdir("/proc/self/task"))
+    x = torch.randn(2, 64)
+    linear = GroupedLinear(weight, None, PackedLinear(weight.restored(), None), library, None)
+    alone, team = linear(x), library.team_open(3)
+    parallel = ctypes.cast(library.team_parallel, ctypes.c_void_p)
+    y = torch.zeros_like(alone)
+    for _ in range(200):
+        y.zero_()
+        library.team_call(team)
+        library.grouped_linear(ctypes.byref(linear.args(x.data_ptr(), y.data_ptr(), 2)), parallel, 4)
+        library.team_dismiss(team)
+        assert torch.equal(y, alone)
+    library.team_close(team)
+    assert (threading.active_count(), len(os.listdir("/proc/self/task"))) == before

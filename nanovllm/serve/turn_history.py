@@ -101,9 +101,12 @@ def diagnose(
     pairs = zip(history.token_ids, prompt, strict=False)
     reusable = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     cached = sum(one.cached_tokens for one in finished)
+    whole = (reusable - 1) // block_size * block_size  # of the last token there never was KV
+    compared = [name for name, _ in REASONS if name in history.asked]
+    changed = tuple(name for name in compared if history.asked[name] != asked.get(name))
     if reusable < len(history.token_ids):
-        changed = tuple(name for name, _ in REASONS[:-1] if history.asked.get(name) != asked.get(name))
         reason = next(word for name, word in REASONS if name in (*changed, "items"))
         return Diagnosis(reason, reusable, len(prompt) - reusable, changed)
-    whole = (reusable - 1) // block_size * block_size  # of the last token there never was KV
-    return Diagnosis(None if cached >= whole else NOT_KEPT, reusable, max(0, len(prompt) - max(cached, 0)))
+    if cached >= whole:
+        return Diagnosis(None, reusable, len(prompt) - cached, changed)
+    return Diagnosis("model_changed" if "model" in changed else NOT_KEPT, reusable, len(prompt) - cached, changed)

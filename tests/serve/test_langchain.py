@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
@@ -60,3 +60,55 @@ def test_tools_forced_and_answered(llm: ChatOpenAI) -> None:
 def test_structured_output(llm: ChatOpenAI, method: str) -> None:
     found = llm.with_structured_output(Weather, method=method).invoke("The weather in Rome, in fahrenheit, please.")
     assert isinstance(found, Weather)
+
+
+@pytest.fixture(scope="module")
+def stateful(smollm2: Live) -> ChatOpenAI:
+    return ChatOpenAI(
+        base_url=f"{smollm2.url}/v1",
+        api_key="unused",
+        model="smollm2",
+        temperature=0,
+        max_tokens=60,
+        max_retries=0,
+        use_responses_api=True,
+        use_previous_response_id=True,
+    )
+
+
+def test_a_conversation_that_the_server_keeps(stateful: ChatOpenAI, smollm2: Live) -> None:
+    """Only the last message is sent; what came before is found in the tokens that it was computed in."""
+    talk: list[BaseMessage] = []
+    total = 0
+    for said in ("My name is Ada and I like herons.", "Where do they nest?", "What is my name?"):
+        talk.append(HumanMessage(said))
+        answer = stateful.invoke(talk)
+        assert answer.response_metadata["id"].startswith("resp_") and answer.text
+        usage = answer.usage_metadata
+        assert usage["input_token_details"]["cache_read"] >= max(0, total - 1) // 16 * 16
+        assert usage["input_tokens"] > total
+        total = usage["total_tokens"]
+        talk.append(answer)
+    kept = smollm2.http.get(f"/v1/responses/{answer.response_metadata['id']}/input_items").json()
+    assert [item["role"] for item in kept["data"]] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_the_kept_conversation_streams_and_calls(stateful: ChatOpenAI) -> None:
+    talk: list[BaseMessage] = [HumanMessage("Say hello.")]
+    joined = None
+    for chunk in stateful.stream(talk):
+        joined = chunk if joined is None else joined + chunk
+    assert joined is not None and joined.text == stateful.invoke(talk).text
+    forced = stateful.bind_tools([Weather], tool_choice="Weather", parallel_tool_calls=False)
+    question = HumanMessage("What is the weather in Rome, in celsius?")
+    called = forced.invoke([question])
+    assert [call["name"] for call in called.tool_calls] == ["Weather"]
+    after = stateful.bind_tools([Weather]).invoke(
+        [question, called, ToolMessage("22 degrees", tool_call_id=called.tool_calls[0]["id"])]
+    )
+    assert after.text or after.tool_calls
+
+
+def test_structured_output_of_responses(stateful: ChatOpenAI) -> None:
+    wanted = stateful.with_structured_output(Weather, method="json_schema")
+    assert isinstance(wanted.invoke("The weather in Rome, in fahrenheit, please."), Weather)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
-from openai import NotFoundError, OpenAI
+from openai import InternalServerError, NotFoundError, OpenAI
 
 from nanovllm.serve.openapi import document
-from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, ai, ask, clients, own
-from tests.serve.servers import assert_at_rest
+from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ai, ask, clients, own
+from tests.serve.servers import LiveServer, assert_at_rest
 from tests.serve.surface import Live
 
 __all__ = ["ai", "clients"]  # fixtures
@@ -214,3 +216,98 @@ def test_ids_that_are_none_are_not_there(ai: OpenAI, tiny: Live) -> None:
             ask(ai, "x", conversation=bad)
         assert tiny.http.get(f"/v1/responses/{bad}").status_code == 404
     assert_at_rest(tiny.server)
+
+
+SHOUTING = """<|bos|>{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content | upper if m.role == 'assistant' else m.content }}<|im_end|>
+{% endfor %}<|im_start|>assistant
+"""
+
+
+def test_a_template_that_alters_history_is_a_miss_with_its_reason(
+    fresh_server: Callable[..., LiveServer], clients: Clients
+) -> None:
+    """Reasoning that templates strip is the usual case: the prompt up to it is found, the rest is not."""
+    live = fresh_server(num_blocks=256)
+    live.services.engine.tokenizer.chat_template = SHOUTING
+    ai = clients(live)
+    first = ask(ai, "Something that is long enough to fill some blocks.", max_output_tokens=40, text=LETTERS)
+    after = ask(ai, "On.", previous_response_id=first.id, text=LETTERS)
+    assert (own(after)["miss_reason"], own(after)["changed"]) == ("input_changed", [])
+    reusable = own(after)["reusable_tokens"]
+    assert reusable >= first.usage.input_tokens and reusable < first.usage.total_tokens
+    assert after.usage.input_tokens_details.cached_tokens == reusable // BLOCK * BLOCK
+    third = ask(ai, "On.", previous_response_id=after.id, text=LETTERS)
+    assert own(third)["reusable_tokens"] >= after.usage.input_tokens, "what was altered once is found from then on"
+
+
+def test_another_model_on_the_same_folder_says_so(
+    tmp_path: Path, fresh_server: Callable[..., LiveServer], clients: Clients
+) -> None:
+    live = fresh_server(num_blocks=256, state_dir=str(tmp_path), dtype="float32")
+    first = ask(clients(live), "Something that fills some blocks with tokens.", text=LETTERS, max_output_tokens=40)
+    live.stop()
+    live = fresh_server(num_blocks=256, state_dir=str(tmp_path), dtype="bfloat16")
+    after = ask(clients(live), "On.", previous_response_id=first.id, text=LETTERS)
+    assert after.usage.input_tokens_details.cached_tokens == 0 and after.status == "incomplete"
+    assert own(after)["miss_reason"] == "model_changed" and after.prompt_cache_diagnostics.reason == "model_changed"
+
+
+def test_kv_that_was_not_kept_is_told_apart_from_another_prompt(
+    fresh_server: Callable[..., LiveServer], clients: Clients
+) -> None:
+    live = fresh_server(num_blocks=24)
+    ai = clients(live)
+    first = ask(ai, "Something that fills some blocks with tokens.", text=LETTERS, max_output_tokens=40)
+    for number in range(4):
+        ask(ai, str(number) * 250, store=False)
+    after = ask(ai, "On.", previous_response_id=first.id, text=LETTERS)
+    assert own(after)["miss_reason"] == "kv_not_kept" and after.prompt_cache_diagnostics.type == "unavailable"
+    assert own(after)["reusable_tokens"] == first.usage.total_tokens
+
+
+def test_limits_and_deadlines_are_a_chats(fresh_server: Callable[..., LiveServer], clients: Clients) -> None:
+    live = fresh_server(num_blocks=256, request_timeout=0.3, max_queued_tokens=300)
+    more = {"input": "x", "extra_body": {"ignore_eos": True}, "max_output_tokens": 1900, "model": "tiny:random"}
+    with pytest.raises(InternalServerError) as caught:
+        clients(live).responses.create(**more)
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    frames = live.ask("POST", "/v1/responses", {**ASKED, "input": "x", "max_output_tokens": 1900, "ignore_eos": True,
+                                               "stream": True}).body.decode().strip().split("\n\n")  # fmt: skip
+    assert [frame.split("\n")[0] for frame in frames[-2:]] == ["event: response.failed", "event: error"]
+    failed = json.loads(frames[-2].split("\ndata: ")[1])["response"]
+    assert failed["status"] == "failed" and failed["error"]["code"] == "server_error"
+    assert live.get(f"/v1/responses/{failed['id']}").status == 404, "what failed is not kept"
+    assert_at_rest(live)
+
+
+def test_a_session_is_named_by_field_or_header_and_adds_no_message(tiny: Live, monkeypatch: Any) -> None:
+    heard: list[str] = []
+    submit = tiny.services.engine.submit
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        heard.append(kwargs["session_id"])
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(tiny.services.engine, "submit", listen)
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    said = (("/v1/chat/completions", chat), ("/v1/responses", {**ASKED, "input": "hi"}))
+    for path, body in (*said, ("/v1/completions", {"prompt": "hi", "max_tokens": 2})):
+        plain = tiny.ask(path, body).json()["usage"]
+        for fields, headers in (
+            ({"session_id": "s1"}, {}),
+            ({}, {"X-Session-ID": "s1"}),
+            ({"session_id": "s1"}, {"X-Session-ID": "s1"}),
+            ({"prompt_cache_key": "s1"}, {}),
+            ({"session_id": "s1", "prompt_cache_key": "s2"}, {}),
+        ):
+            answer = tiny.ask(path, {**body, **fields}, headers=headers)
+            assert answer.status_code == 200 and heard[-1] == "s1"
+            sizes = [usage.get("input_tokens", usage.get("prompt_tokens")) for usage in (plain, answer.json()["usage"])]
+            assert sizes[0] == sizes[1]
+        differ = tiny.ask(path, {**body, "session_id": "a"}, headers={"X-Session-ID": "b"})
+        assert (differ.status_code, differ.json()["error"]["param"]) == (400, "session_id")
+        for bad in ("", "x" * 129, "a b", "\u00e9".encode("latin-1").decode("latin-1")):
+            refused = tiny.ask(path, body, headers={"X-Session-ID": bad.encode("latin-1")})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "X-Session-ID"), bad
+        assert tiny.ask(path, {**body, "session_id": "x" * 129}).json()["error"]["param"] == "session_id"

@@ -92,8 +92,8 @@ def parse() -> argparse.Namespace:
 def ours(args: argparse.Namespace) -> Engine:
     """This engine in the one configuration that serves every row."""
     chosen = dict(pair.split("=", 1) for pair in args.set)
-    own = {"engine": {name: parse_setting(name, text) for name, text in chosen.items()}}
-    return dataclasses.replace(OURS, settings=own, takes_gguf=args.ours == "file")
+    own = OURS.settings["engine"] | {name: parse_setting(name, text) for name, text in chosen.items()}
+    return dataclasses.replace(OURS, settings={"engine": own}, takes_gguf=args.ours == "file")
 
 
 def build(engines: list[Engine], folder: Path) -> tuple[dict[str, str], dict[str, str]]:

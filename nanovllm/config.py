@@ -59,12 +59,14 @@ class EngineConfig:
     max_new_requests_per_step: int | None = _setting(None, "requests one step may admit")
     prefill_during_decode: bool = _setting(True, "admit and prefill while others decode")
     max_prefill_chunk: int | None = _setting(None, "longest prefill chunk of one sequence per step, tokens")
+    max_prefill_beside_decode: int = _setting(512, "prefill tokens a step may compute while others decode in it")
     watermark: float = _setting(0.01, "share of the pool kept free at admission")
     prefix_mode: str = _setting("reuse", "off, observe (report potential hits only) or reuse")
     state_dir: str | None = _setting(None, "folder for state that survives a restart: texts, and KV written behind")
     state_host_memory: int | str | None = _setting(None, "memory for KV that left the device; default: none is kept")
     state_disk_quota: int | str = _setting("4GiB", "how much the state folder may hold")
     state_remote: str | None = _setting(None, "a Valkey or Redis server that engines share, such as redis://host:6379")
+    state_remote_key_file: str | None = _setting(None, "file of the secret that signs what lies on that server")
     state_load: str = _setting("auto", "auto: bring KV up where that is cheaper than computing; always or never")
     seed: int = _setting(0, "seed of requests that bring none, and of tiny:random weights")
     num_threads: int | None = _setting(None, "CPU threads for kernels; belongs to the process")
@@ -80,6 +82,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "event_capacity"):
             self._at_least_one(name, getattr(self, name))
+        self._at_least_one("max_prefill_beside_decode", self.max_prefill_beside_decode)
         for name in ("num_blocks", "max_model_len", "max_new_requests_per_step", "max_prefill_chunk", "num_threads"):
             if getattr(self, name) is not None:
                 self._at_least_one(name, getattr(self, name))
@@ -104,7 +107,7 @@ class EngineConfig:
         for name in ("state_host_memory", "state_disk_quota"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), name)
-        for name in ("state_dir", "state_remote"):
+        for name in ("state_dir", "state_remote", "state_remote_key_file"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} must be a text, not {shown(value)}.", param=name)

@@ -36,6 +36,7 @@ HEARD = frozenset(  # settings that mean something without a model
         "max_new_requests_per_step",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "max_prefill_beside_decode",
         "max_prefill_chunk",
         "num_blocks",
         "policy",

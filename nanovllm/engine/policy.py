@@ -55,6 +55,7 @@ class SchedulingPolicy:
     prefill_during_decode: bool = True
     max_prefill_chunk: int | None = None
     mode: str = "mixed"
+    max_prefill_beside_decode: int | None = None
     may_admit: Callable[[Sequence, StateCount], bool] | None = None
 
     @classmethod
@@ -68,6 +69,7 @@ class SchedulingPolicy:
             config.prefill_during_decode,
             config.max_prefill_chunk,
             config.schedule_mode,
+            config.max_prefill_beside_decode,
         )
 
     def queue_key(self, seq: Sequence) -> Rank:

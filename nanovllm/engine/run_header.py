@@ -48,5 +48,6 @@ def knobs_of(policy: SchedulingPolicy, watermark_blocks: int) -> dict[str, int]:
         "max_new_requests_per_step": policy.max_new_requests_per_step or 0,
         "prefill_during_decode": int(policy.prefill_during_decode),
         "max_prefill_chunk": policy.max_prefill_chunk or 0,
+        "max_prefill_beside_decode": policy.max_prefill_beside_decode or 0,
         "watermark_blocks": watermark_blocks,
     }

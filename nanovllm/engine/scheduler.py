@@ -7,9 +7,9 @@ nothing about: torch, text, the clock's kind, where KV lies. Its batch unpacks t
 Invariants: a sequence is in exactly one of waiting, loading, running until it ends;
 a running sequence's blocks cover its known tokens when it is scheduled; the tokens
 of a step stay within the budget; whoever is preempted keeps its tokens and its rank.
-A decode costs one token of the budget; a prefill is cut into chunks to fit it. An
-exception of a verb on one sequence leaves as its `SequenceFault`; whatever was done
-before holds, so scheduling may simply be asked again.
+A decode costs one token of the budget; a prefill is cut into chunks to fit it, shorter
+ones while others decode. An exception of a verb on one sequence leaves as its
+`SequenceFault`; whatever was done before holds, so scheduling may simply be asked again.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class ScheduledBatch:
     scheduled_ns: int = 0  # when the scheduling call began
     seqs: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    num_decodes: int = 0  # sequences that wait for this step's end to have their next token
     masks: dict[Sequence, Mask] = field(default_factory=dict)  # which tokens the grammars of `seqs` allow next
 
     @property
@@ -216,6 +217,7 @@ class Scheduler:
                 break
             if seq.status is SequenceStatus.RUNNING and self._make_room(seq, batch):
                 batch.add(seq, 1)
+                batch.num_decodes += 1
 
     def _make_room(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         """Grow `seq`, preempting who ranks last and is not in the batch; False where that is `seq` itself."""
@@ -245,10 +247,17 @@ class Scheduler:
             self._schedule_chunk(seq, batch)
 
     def _schedule_chunk(self, seq: Sequence, batch: ScheduledBatch) -> None:
-        room = self.policy.max_num_batched_tokens - batch.num_tokens
+        room = self._prefill_room(batch)
         chunk = min(seq.num_remaining_tokens, room, self.policy.max_prefill_chunk or room)
         if chunk > 0 and len(batch) < self.policy.max_num_seqs:
             batch.add(seq, chunk)
+
+    def _prefill_room(self, batch: ScheduledBatch) -> int:
+        """Tokens that prefills may still take in this step; fewer where sequences decode in it, whose gap it is."""
+        room, limit = self.policy.max_num_batched_tokens - batch.num_tokens, self.policy.max_prefill_beside_decode
+        if limit is None or not batch.num_decodes:
+            return room
+        return min(room, limit + batch.num_decodes - batch.num_tokens)
 
     def _admit(self, batch: ScheduledBatch) -> None:
         """Take waiting sequences in rank order until one does not fit.
@@ -295,7 +304,7 @@ class Scheduler:
         may_admit = self.policy.may_admit
         if may_admit is not None and self.running and not may_admit(seq, self.count_state()):
             return "policy"
-        return None if batch.num_tokens < self.policy.max_num_batched_tokens else "token_budget"
+        return None if self._prefill_room(batch) > 0 else "token_budget"
 
     def _bind(self, seq: Sequence, batch: ScheduledBatch) -> None:
         with on_behalf_of(seq, "bind"):

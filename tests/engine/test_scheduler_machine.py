@@ -31,6 +31,7 @@ KNOBS = st.fixed_dictionaries(
         "max_new_requests_per_step": st.sampled_from([None, 1, 2]),
         "prefill_during_decode": st.booleans(),
         "max_prefill_chunk": st.sampled_from([None, 1, 4]),
+        "max_prefill_beside_decode": st.sampled_from([None, 1, 5]),
         "watermark_blocks": st.integers(0, 2),
     }
 )

@@ -20,8 +20,8 @@ from nanovllm.state.objects import Session, StateObject, check_name, new_state_i
 from nanovllm.state.payload import payload_of
 from nanovllm.state.plane import Plane
 from nanovllm.state.storing import Pending
+from nanovllm.state.tails import SESSION
 
-SESSION = "session"
 Owner = tuple[str, str]  # namespace, name
 
 

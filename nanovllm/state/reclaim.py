@@ -3,13 +3,13 @@
 What it is: making room under quotas and watermarks, and the verb `evict`. What it knows nothing about:
 scores (policies), who may go (victims), how bytes move (plane). Invariants: nothing that is held goes (a
 pin, a write or read under way, a block that others stand behind, the last copy of a text); what is worth
-more than loading it costs is moved to the next tier before it goes; every candidate looked at is in the
-receipt with its score and its verdict.
+more than loading it costs is moved to the next tier before it goes; every candidate looked at is in a
+receipt with its score and its verdict, also where nobody asked by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nanovllm.errors import InvalidRequestError
@@ -21,6 +21,7 @@ from nanovllm.state.plane import Plane
 from nanovllm.state.policies.policy import NEVER
 from nanovllm.state.policies.victims import Victims
 from nanovllm.state.receipts import SHOWN_CANDIDATES, Candidate, Receipt
+from nanovllm.state.tails import SESSION, tails
 
 DEVICE = "device"
 
@@ -33,6 +34,8 @@ class Outcome:
     moved_bytes: int = 0
     candidates: list[Candidate] = field(default_factory=list)
     concerns: list[str] = field(default_factory=list)
+    trimmed: set[bytes] = field(default_factory=set)  # that went from the tails of sessions
+    tails: dict[str | None, Iterator[Entry]] = field(default_factory=dict)  # of a tenant, what may be trimmed next
 
 
 @dataclass
@@ -44,11 +47,14 @@ class Reclaim:
 
     def make_room(self, place: Place, incoming: int, namespace: str | None = None) -> Outcome | None:
         """Free what `incoming` more bytes need; None where too much of the tier is held."""
-        outcome = Outcome()
+        outcome, started = Outcome(), self.plane.clock.now_ns()
         try:
-            return outcome if self._freed(place, incoming, namespace, outcome) else None
+            is_enough = self._freed(place, incoming, namespace, outcome)
         finally:
             self.plane.flush(place)
+        if outcome.candidates:
+            self._tell(place, outcome, started, is_enough)
+        return outcome if is_enough else None
 
     def _freed(self, place: Place, incoming: int, namespace: str | None, outcome: Outcome) -> bool:
         limit = self.plane.settings.namespace_bytes
@@ -60,6 +66,16 @@ class Reclaim:
             while place.is_over(incoming, LOW) and self._take_one(place, outcome):
                 pass
         return not place.is_over(incoming, 1.0)
+
+    def _tell(self, place: Place, outcome: Outcome, started_ns: int, is_enough: bool) -> None:
+        """The receipt of room that nobody asked for by name."""
+        tails = f", {len(outcome.trimmed)} of them from the tails of sessions" if outcome.trimmed else ""
+        rest = "" if is_enough else "; it was not enough: the rest is held"
+        self.plane.receipt(
+            "reclaim", started_ns, is_enough, f"{len(outcome.candidates)} went to make room{tails}{rest}",
+            tier=place.name, size_bytes=outcome.freed_bytes, candidates=outcome.candidates, concerns=outcome.concerns,
+            detail={"moved_bytes": outcome.moved_bytes, "trimmed": len(outcome.trimmed)},
+        )  # fmt: skip
 
     def evict(self, policy: str | None, size_bytes: int | None, kind: str | None, tier: str | None) -> Receipt:
         """The verb: `size_bytes` from one tier, or one object."""
@@ -143,12 +159,25 @@ class Reclaim:
         victims = victims or place.victims
         shares = {name: kind.share for name, kind in KIND_TABLE.items()}
         for kind in kinds or place.kinds_by_excess(shares):
-            while (entry := victims.next_victim(kind, namespace)) is not None:
+            while (entry := self._next(place, outcome, victims, kind, namespace)) is not None:
                 if not place.victims.is_held(entry.key):
                     self._go(place, entry, outcome, victims)
                     return entry
                 victims.hold(entry.key)  # held in the tier itself, which a fresh selection does not know
         return None
+
+    def _next(
+        self, place: Place, outcome: Outcome, victims: Victims[Entry], kind: str, namespace: str | None
+    ) -> Entry | None:
+        """The tail of a session before any session; else whom the policy names."""
+        if kind == SESSION and victims is place.victims:
+            if namespace not in outcome.tails:
+                outcome.tails[namespace] = tails(self.plane, place, namespace)
+            entry = next(outcome.tails[namespace], None)
+            if entry is not None:
+                outcome.trimmed.add(entry.key)
+                return entry
+        return victims.next_victim(kind, namespace)
 
     def _go(self, place: Place, entry: Entry, outcome: Outcome, victims: Victims[Entry]) -> None:
         score = victims.score(entry)
@@ -160,7 +189,8 @@ class Reclaim:
         outcome.moved_bytes += entry.size_bytes if lower else 0
         if lower is not None:
             place.tally.demoted(entry.kind)
-        verdict, reason = ("moved", f"to {lower}") if lower else ("evicted", "lowest score")
+        why = "tail of a session" if entry.key in outcome.trimmed else "lowest score"
+        verdict, reason = ("moved", f"to {lower}") if lower else ("evicted", why)
         outcome.candidates.append(_candidate(entry, score, verdict, reason))
         outcome.concerns.extend(self.plane.catalog.owners(entry.key))
 

@@ -15,7 +15,8 @@ class StateSettings:
 
     `namespace_bytes`: what one tenant may hold in one tier (None: as much as there is). `pinned_share`: of a
     tier, what pins may hold together. `layout`, `layers`: how a block's bytes lie, where no device says so.
-    `hints_per_namespace`, `hint_blocks`, `hint_ttl_s`: of sessions that requests only name.
+    `hints_per_namespace`, `hint_blocks`, `hint_ttl_s`: of sessions that requests only name. `session_tail`: tokens at
+    a session's end that its next turn may have to compute again, where room is wanted.
     """
 
     block_size: int = 16
@@ -31,3 +32,4 @@ class StateSettings:
     hints_per_namespace: int = 1_000
     hint_blocks: int = 2_048
     hint_ttl_s: float = 86_400.0
+    session_tail: int = 128

@@ -93,32 +93,29 @@ class Knowledge:
             return "" if self.shares_kv else None
         return engine_namespace(namespace)
 
-    async def _find(self, name: str, namespace: str) -> StateObject:
+    async def _find(self, name: str, namespace: str, param: str = "name") -> StateObject:
         try:
             found: StateObject = await self.call("find", state_id=name, namespace=namespace, kind=KIND)
         except StateNotFoundError:
-            raise _not_there(name, "name") from None
+            raise _not_there(name, param) from None
         return found
 
     async def _passage(self, services: Services, tenant: Tenant, name: str, param: str) -> Passage:
-        try:
-            for attempt in range(TRIES):
-                obj = await self.find(tenant, name)
-                key = obj.state_id, obj.generation
-                if key in self._passages:
-                    self._passages.move_to_end(key)
-                    return self._passages[key]
-                try:
-                    document = await self.call("get", state_id=obj.state_id)
-                except StateNotFoundError:
-                    if attempt == TRIES - 1:
-                        raise
-                    continue
-                work = partial(passage_of, services.engine.tokenizer, document, obj.label, obj.namespace)
-                return self._keep(key, await in_pool(services.pool, work))
-        except StateNotFoundError:
-            raise _not_there(name, param) from None
-        raise AssertionError("unreachable")
+        last: StateNotFoundError | None = None
+        for _ in range(TRIES):
+            obj = await self._find(name, store_namespace(tenant.owner), param)
+            key = obj.state_id, obj.generation
+            if key in self._passages:
+                self._passages.move_to_end(key)
+                return self._passages[key]
+            try:
+                document = await self.call("get", state_id=obj.state_id)
+            except StateNotFoundError as error:  # replaced since it was found, or its bytes are lost
+                last = error
+                continue
+            work = partial(passage_of, services.engine.tokenizer, document, obj.label, obj.namespace)
+            return self._keep(key, await in_pool(services.pool, work))
+        raise StateNotFoundError(str(last), param=param)
 
     def _keep(self, key: tuple[str, int], passage: Passage) -> Passage:
         """Remember it; what was used longest ago goes."""

@@ -44,6 +44,7 @@ async def put(request: Request) -> Response:
     state_id: StateId = await knowledge.call("put", obj=document, metadata=metadata)
     kept = state_id.receipt is not None and state_id.receipt.reason == "durable"
     pinned = None if body.pin is None else await _pinned(knowledge, state_id, namespace, body.pin)
+    ticket.started()  # what waits from here on waits behind the queue, not in it
     prefill = await _prefill(services, namespace, document, path, body)
     tokens = len(document.token_ids)
     return json_of(KnowledgeReply(str(state_id), body.name, body.version, body.scope, tokens, kept, prefill, pinned))

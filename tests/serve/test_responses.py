@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema_rs
 import pytest
 from openai import InternalServerError, NotFoundError, OpenAI
 
+from nanovllm.serve import conversations, responses
 from nanovllm.serve.openapi import document
+from nanovllm.serve.response_protocol import ResponseRequest
+from nanovllm.serve.response_replies import MissReason
+from nanovllm.serve.turn_history import NOT_KEPT, REASONS
 from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ai, ask, clients, own
 from tests.serve.servers import LiveServer, assert_at_rest
 from tests.serve.surface import Live
@@ -311,3 +316,15 @@ def test_a_session_is_named_by_field_or_header_and_adds_no_message(tiny: Live, m
             refused = tiny.ask(path, body, headers={"X-Session-ID": bad.encode("latin-1")})
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "X-Session-ID"), bad
         assert tiny.ask(path, {**body, "session_id": "x" * 129}).json()["error"]["param"] == "session_id"
+
+
+@pytest.mark.parametrize("page", ["sessions.md", "sessions.zh.md"])
+def test_the_pages_name_every_field_path_and_reason(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    assert [name for name in ResponseRequest.__struct_fields__ if f"`{name}`" not in text] == []
+    for route in (*responses.ROUTES, *conversations.ROUTES):
+        path = re.sub(r"{(response|conversation)_id}", "{id}", route.path)
+        assert f" {path}`" in text or f" {path}?" in text, path
+    reasons = {word for _, word in REASONS} | {NOT_KEPT}
+    assert all(f"| `{reason}` |" in text for reason in reasons)
+    assert set(get_args(MissReason)) == reasons

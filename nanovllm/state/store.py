@@ -294,7 +294,8 @@ class StateStore:
     def holdings(self, namespace: str, kind: str) -> dict[str, int]:
         """How many objects of a kind a tenant has, and the bytes of what they hold; for quotas."""
         objects = self.plane.catalog.objects.values()
-        sizes = [o.payload_bytes for o in objects if o.namespace == namespace and o.kind == kind]
+        own = [o for o in objects if o.namespace == namespace and o.kind == kind and not o.is_hint]
+        sizes = [o.payload_bytes for o in own]
         return {"objects": len(sizes), "bytes": sum(sizes)}
 
     def top(self) -> dict[str, Any]:

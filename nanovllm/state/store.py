@@ -8,7 +8,7 @@
 
 What it is: one object that finds the object a verb is about, within the caller's namespace, and hands it to
 the module of that verb. What it knows nothing about: how any of it works. Invariants: one thread calls
-(`commands.py` brings the calls of others to it, between steps); every action leaves a receipt, a refusal
+(an engine brings the calls of others to it, between steps); every action leaves a receipt, a refusal
 too; a namespace of None is the operator, who sees everything by id.
 """
 

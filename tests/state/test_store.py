@@ -12,11 +12,9 @@ from nanovllm.errors import (
     InvalidRequestError,
     StateBundleError,
     StateConflictError,
-    StateFolderError,
     StateNotFoundError,
     StateRefusedError,
 )
-from nanovllm.state.commands import Commands
 from nanovllm.state.kinds.table import COLUMNS, KIND_TABLE, table_rows
 from nanovllm.state.objects import KINDS, PUBLIC, Document, Session
 from nanovllm.state.settings import StateSettings
@@ -340,27 +338,6 @@ def test_explain_survives_many_actions_and_forgets_the_oldest() -> None:
         store.get(state_id)
     story = store.explain(state_id)
     assert len(story.receipts) == 64 and story.forgotten == 37 and story.facts["payload_in"] == ["host"]
-
-
-def test_commands_of_other_threads_are_applied_by_the_owner() -> None:
-    store, commands = World(None).open(), Commands()
-    answers: list[object] = []
-
-    def client(i: int) -> None:
-        answers.append(commands.submit(lambda store: store.put(f"text {i}")).result(timeout=10))
-        with pytest.raises(StateNotFoundError):
-            commands.submit(lambda store: store.get("0" * 32)).result(timeout=10)
-
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        commands.apply(store)
-    assert len(set(answers)) == 8 == len(store.ls())
-    left = commands.submit(lambda store: store.ls())
-    commands.close(StateFolderError("closed"))
-    with pytest.raises(StateFolderError):
-        left.result(timeout=10)
 
 
 def test_every_kind_answers_every_question() -> None:

@@ -9,6 +9,7 @@ are attributes, so that the documentation's table is printed from the code.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
@@ -17,7 +18,7 @@ from nanovllm.state.objects import StateObject, Storable
 from nanovllm.state.policies.policy import Cached
 
 
-class Kind:
+class Kind(ABC):
     """One kind. Class attributes are its row of the table; methods are its rules."""
 
     name: ClassVar[str]
@@ -36,9 +37,9 @@ class Kind:
         """The default policy for this kind in that tier."""
         return self.policies.get(tier, "lru")
 
+    @abstractmethod
     def accepts(self, obj: Storable) -> bool:
         """Whether this kind can hold such an object."""
-        raise NotImplementedError
 
     def visible_to(self, obj: StateObject, namespace: str) -> bool:
         """Isolation: whether that tenant may see it."""

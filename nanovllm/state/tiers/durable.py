@@ -32,10 +32,8 @@ HEAD_BYTES = 1 << 16
 class DurableCounts:
     """What recovery found."""
 
-    adopted: int = 0  # sound files that the ledger did not know
     missing: int = 0  # rows without a file
     damaged: int = 0  # files that do not verify
-    half_written: int = 0
 
 
 @dataclass
@@ -99,7 +97,6 @@ class DurableFiles:
         self.counts.missing += len(lost)
         strangers = [name for name in names if not name.endswith(NEW) and _key_of(name) not in known]
         adopted = [row for row in map(self._adopt, sorted(strangers)) if row is not None]
-        self.counts.adopted += len(adopted)
         if not self.read_only:
             self._remove_half_written(names)
             if lost or adopted:
@@ -145,7 +142,6 @@ class DurableFiles:
 
     def _remove_half_written(self, names: set[str]) -> None:
         for name in sorted(name for name in names if name.endswith(NEW)):
-            self.counts.half_written += 1
             self.folder.remove(name)
 
     def _adopt(self, name: str) -> Row | None:

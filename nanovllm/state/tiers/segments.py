@@ -62,10 +62,8 @@ class Segment:
 
 @dataclass
 class SegmentCounts:
-    """What recovery and collection did; `copied_bytes` is the write amplification."""
+    """What collection did; `copied_bytes` is the write amplification."""
 
-    torn: int = 0
-    unreadable: int = 0
     copied_bytes: int = 0
     removed_segments: int = 0
 
@@ -149,7 +147,7 @@ class Segments:
                 try:
                     self._recover_segment(int(stem), name, labels)
                 except TierError:
-                    self.counts.unreadable += 1
+                    continue  # one file less; the others are whole
         yield from labels.values()
 
     def close(self) -> None:
@@ -235,7 +233,6 @@ class Segments:
             head = self.folder.read(fd, PROBE, offset)
             length = frame_length(head)
             if length is None or offset + FRAME_BYTES + length > size:
-                self.counts.torn += head.count(0) != len(head)
                 offset += ALIGNMENT
                 continue
             place = Place(number, offset, length)
@@ -269,7 +266,6 @@ class Segments:
                 return read_header(part)
             except BadEnvelope:
                 continue
-        self.counts.torn += 1
         return None
 
 

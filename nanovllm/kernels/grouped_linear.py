@@ -37,7 +37,7 @@ class GroupedLinear:
     ) -> None:
         self._packed, self._library, self._parallel = packed, library, parallel
         self._outputs, self._inputs = weight.codes.shape
-        self._arrays = (weight.words(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets), bias)
+        self._arrays = (weight.stored(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets), bias)
         self._addresses = [None if array is None else array.data_ptr() for array in self._arrays]
         self._bits = weight.bits
 

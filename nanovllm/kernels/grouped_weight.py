@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 GROUP = 32
-LANES = 16
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,9 @@ class GroupedWeight:
         scales, offsets = np.repeat(self.scales, GROUP, axis=1), np.repeat(self.offsets, GROUP, axis=1)
         return torch.from_numpy(self.codes.astype(np.float32) * scales + offsets)
 
-    def words(self) -> torch.Tensor:
-        """The codes as grouped.c reads them: int16 [out, in * bits / 16]."""
-        per_word = 16 // self.bits
-        runs = self.codes.reshape(len(self.codes), -1, per_word, LANES).astype(np.uint16)
-        shifts = (np.arange(per_word, dtype=np.uint16) * self.bits)[:, None]
-        words = np.bitwise_or.reduce(runs << shifts, axis=2)
-        return torch.from_numpy(words.reshape(len(self.codes), -1).view(np.int16))
+    def stored(self) -> torch.Tensor:
+        """The codes as grouped.c reads them: uint8 [out, in * bits / 8]; with 4 bits two groups, one above the other."""
+        if self.bits == 8:
+            return torch.from_numpy(np.ascontiguousarray(self.codes))
+        pairs = self.codes.reshape(len(self.codes), -1, 2, GROUP)
+        return torch.from_numpy((pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(self.codes), -1))

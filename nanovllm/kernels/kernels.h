@@ -25,7 +25,7 @@ typedef struct {
 
 /* A linear over a grouped weight (grouped.c). */
 typedef struct {
-    const uint16_t *codes;         /* [out, in * bits / 16] */
+    const uint8_t *codes;          /* [out, in * bits / 8], in runs: see there */
     const float *scales, *offsets; /* [out, in / GROUP] */
     const elem *bias;              /* [out], or NULL */
     const elem *x;                 /* [rows, in] */

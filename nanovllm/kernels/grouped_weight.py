@@ -48,7 +48,7 @@ class GroupedWeight:
         return torch.from_numpy(self.codes.astype(np.float32) * scales + offsets)
 
     def stored(self) -> torch.Tensor:
-        """The codes as grouped.c reads them: uint8 [out, in * bits / 8]; with 4 bits two groups, one above the other."""
+        """The codes as grouped.c reads them: uint8 [out, in * bits / 8]; 4 bits: two groups, one above the other."""
         if self.bits == 8:
             return torch.from_numpy(np.ascontiguousarray(self.codes))
         pairs = self.codes.reshape(len(self.codes), -1, 2, GROUP)

@@ -7,6 +7,7 @@ the start with its own error; what the store found amiss is logged.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -32,6 +33,7 @@ from nanovllm.state.tiers.tier import Tier
 
 logger = logging.getLogger("nanovllm")
 
+MIN_SECRET, MAX_SECRET = 16, 4096
 OBJECT_BYTES = 64 << 20  # memory for named objects, where no host memory is given to KV
 
 
@@ -46,7 +48,7 @@ def build_state(
         None if config.state_dir is None else Path(config.state_dir),
         host_bytes=OBJECT_BYTES if host is None else parse_bytes(host, "state_host_memory"),
         disk_bytes=parse_bytes(config.state_disk_quota, "state_disk_quota"),
-        remote=_remote(config.state_remote),
+        remote=_remote(config.state_remote, config.state_remote_key_file),
         device=device,
         root_of=partial(root_of, identity),
         cost_of=costs.ms,
@@ -79,7 +81,9 @@ def layout_of(pool: torch.Tensor) -> str:
     return f"{shape}/{str(pool.dtype).removeprefix('torch.')}"
 
 
-def _remote(url: str | None) -> Tier | None:
+def _remote(url: str | None, key_file: str | None) -> Tier | None:
+    if url is None and key_file is not None:
+        raise ConfigError("state_remote_key_file needs state_remote.", param="state_remote_key_file")
     if url is None:
         return None
     try:
@@ -90,4 +94,19 @@ def _remote(url: str | None) -> Tier | None:
             param="state_remote",
             hint="pip install 'nano-vllm-hust[remote]'",
         ) from error
-    return RemoteTier(url)
+    return RemoteTier(url, mac_key=None if key_file is None else _secret(Path(key_file)))
+
+
+def _secret(path: Path) -> bytes:
+    """A key of fixed length made of the file's contents. Raises ConfigError."""
+    try:
+        text = path.read_bytes()[:MAX_SECRET].strip()
+    except OSError as error:
+        raise ConfigError(f"The key file cannot be read: {error.strerror}.", param="state_remote_key_file") from None
+    if len(text) < MIN_SECRET:
+        raise ConfigError(
+            f"The key file holds fewer than {MIN_SECRET} bytes.",
+            param="state_remote_key_file",
+            hint="openssl rand -hex 32 > FILE",
+        )
+    return hashlib.sha256(text).digest()

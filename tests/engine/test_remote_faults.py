@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from nanovllm import LLM
+from nanovllm.errors import ConfigError
 from nanovllm.state.place import Place
 from tests.engine.test_state_exact import GREEDY, PROMPT, TINY, cold, forget_device, settle  # noqa: F401
 from tests.state.servers import Proxy, free_port, needs_server, running_server
@@ -196,6 +197,45 @@ def test_what_lies_under_our_keys_is_ours_or_a_miss(cold: list[int], lied_to: Sh
         final = one.ask()
         assert final.token_ids == cold
     assert final.cached_tokens == 68, "mended by what was computed"
+
+
+def test_only_who_has_the_key_is_believed(cold: list[int], tmp_path: Path) -> None:  # noqa: F811
+    """Attack 35: what another engine of the same model wrote with another key, or with none, is not taken for true."""
+    files = {name: tmp_path / name for name in ("ours", "theirs")}
+    for file in files.values():
+        file.write_text(f"a secret of {file.name}")
+
+    def ask(llm: LLM) -> Any:
+        forget_device(llm)
+        (final,) = llm.generate([PROMPT], GREEDY)
+        assert final.token_ids == cold
+        settle(llm)
+        return final.cached_tokens
+
+    with running_server(tmp_path) as (url, _):
+        ours, theirs = ({"state_remote": url, "state_remote_key_file": str(file)} for file in files.values())
+        with LLM(**TINY, **ours) as first, LLM(**TINY, **ours) as second:
+            assert ask(first) == 0 and ask(second) == 68, "the same key"
+            for others in (theirs, {"state_remote": url}):
+                with redis.Redis.from_url(url) as client:
+                    client.flushall()
+                with LLM(**TINY, **others) as stranger:
+                    assert ask(stranger) == 0
+                with LLM(**TINY, **ours) as third:
+                    assert ask(third) == 0 and third.state_store.plane.places["remote"].counters.corrupt > 0
+
+
+def test_a_key_file_must_hold_a_key(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_text("secret")
+    for settings in (
+        {"state_remote": "redis://127.0.0.1:1", "state_remote_key_file": str(short)},
+        {"state_remote": "redis://127.0.0.1:1", "state_remote_key_file": str(tmp_path / "nowhere")},
+        {"state_remote_key_file": str(short)},
+    ):
+        with pytest.raises(ConfigError) as refused:
+            LLM(**TINY, **settings)
+        assert refused.value.param == "state_remote_key_file"
 
 
 def test_a_full_server_stops_the_writing(cold: list[int], tmp_path: Path) -> None:  # noqa: F811

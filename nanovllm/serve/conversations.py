@@ -85,7 +85,7 @@ async def add_items(request: Request) -> Response:
     services, ticket = parts_of(request)
     added = stored_items((await decoded(request, services, ItemsRequest)).items, "items")
     query_of(request, "include", "include[]")
-    await services.turns.check_room(ticket.tenant)
+    await services.turns.check_room(ticket.tenant, more_objects=0)
     await _change(request, lambda talk: Session([*talk.messages, *added], talk.token_ids, talk.facts))
     return listed(added)
 

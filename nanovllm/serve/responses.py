@@ -42,8 +42,10 @@ async def create(request: Request) -> Answer:
     body = await decoded(request, services, ResponseRequest)
     session = session_of(request, body)
     _check(body)
-    if body.store is not False:
-        await services.turns.check_room(ticket.tenant)
+    is_kept = body.store is not False
+    if is_kept or body.conversation is not None:
+        await services.turns.check_room(ticket.tenant, more_objects=int(is_kept))
+        session = ""  # a turn that is kept owns its KV itself: a hint would own it beside, beyond its deletion
     conversation = await _conversation(services, ticket.tenant, body)
     if conversation is None:
         return await _answer(services, ticket, body, session, None)

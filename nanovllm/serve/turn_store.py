@@ -19,6 +19,7 @@ from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.engine.device_state_tier import store_namespace
 from nanovllm.errors import (
     DeadlineError,
+    InvalidRequestError,
     NanoVLLMError,
     SessionQuotaError,
     StateConflictError,
@@ -88,14 +89,17 @@ class TurnStore:
             return [await self.find(tenant, CONVERSATION, CONVERSATION_PREFIX + obj.state_id, "name") for obj in found]
         return []
 
-    async def check_room(self, tenant: Tenant) -> None:
+    async def check_room(self, tenant: Tenant, *, more_objects: int = 1) -> None:
         """Raise SessionQuotaError where the tenant keeps as much as it may."""
         held = await self._call("holdings", namespace=store_namespace(tenant.owner), kind=KIND)
-        limits = {"objects": self.config.max_tenant_sessions, "bytes": self.config.max_tenant_session_bytes}
-        for what, limit in limits.items():
-            if held[what] >= limit:
+        limits = {
+            "objects": self.config.max_tenant_sessions - more_objects,
+            "bytes": self.config.max_tenant_session_bytes - 1,
+        }
+        for what, most in limits.items():
+            if held[what] > most:
                 raise SessionQuotaError(
-                    f"{held[what]:,} {what} of stored turns are kept for this key, of {limit:,} allowed.",
+                    f"This key keeps {held[what]:,} {what} of stored turns: it may have no more.",
                     param="store",
                     hint="Delete responses or conversations, or send store: false.",
                 )
@@ -105,9 +109,8 @@ class TurnStore:
         metadata = {"kind": KIND, "name": name, "namespace": store_namespace(tenant.owner)}
         try:
             state_id = await self._call("put", obj=session, metadata=metadata | {"ttl": self.config.session_ttl})
-        except StateRefusedError as error:
-            error.receipt = None  # it may tell of others' state: it is the operator's
-            raise
+        except (StateRefusedError, InvalidRequestError) as error:
+            raise _in_our_words(error) from None
         return str(state_id)
 
     async def replace(self, tenant: Tenant, kept: Kept, session: Session) -> None:
@@ -117,6 +120,8 @@ class TurnStore:
             await self._call("update", obj=session, generation=kept.obj.generation, **where)
         except StateConflictError:
             raise _conflict() from None
+        except (StateRefusedError, InvalidRequestError) as error:
+            raise _in_our_words(error) from None
 
     async def drop(self, tenant: Tenant, kept: Kept) -> None:
         """Out of every tier, with the KV that only it owned."""
@@ -165,6 +170,15 @@ class TurnStore:
                 return await self.engine.call_state(verb, **arguments)
         except TimeoutError:
             raise DeadlineError(f"The state did not answer within {STATE_S:g} s.") from None
+
+
+def _in_our_words(error: StateRefusedError | InvalidRequestError) -> NanoVLLMError:
+    """Without the receipt, which may tell of others' state; an object that is too large is the input's fault."""
+    if isinstance(error, StateRefusedError):
+        error.receipt = None
+    elif error.param == "obj":
+        error.param = "input"
+    return error
 
 
 def _conflict() -> StateConflictError:

@@ -296,7 +296,7 @@ def test_a_session_is_named_by_field_or_header_and_adds_no_message(tiny: Live, m
 
     monkeypatch.setattr(tiny.services.engine, "submit", listen)
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    said = (("/v1/chat/completions", chat), ("/v1/responses", {**ASKED, "input": "hi"}))
+    said = (("/v1/chat/completions", chat), ("/v1/responses", {**ASKED, "input": "hi", "store": False}))
     for path, body in (*said, ("/v1/completions", {"prompt": "hi", "max_tokens": 2})):
         plain = tiny.ask(path, body).json()["usage"]
         for fields, headers in (
@@ -328,3 +328,40 @@ def test_the_pages_name_every_field_path_and_reason(page: str) -> None:
     reasons = {word for _, word in REASONS} | {NOT_KEPT}
     assert all(f"| `{reason}` |" in text for reason in reasons)
     assert set(get_args(MissReason)) == reasons
+
+
+def test_a_kept_turn_owns_its_kv_itself(tiny: Live, ai: OpenAI, monkeypatch: Any) -> None:
+    """A hint would own it beside, and a deletion would leave it."""
+    heard: list[str] = []
+    submit = tiny.services.engine.submit
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        heard.append(kwargs["session_id"])
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(tiny.services.engine, "submit", listen)
+    ask(ai, "x", prompt_cache_key="mine")
+    ask(ai, "x", conversation=ai.conversations.create().id, store=False, prompt_cache_key="mine")
+    assert heard == ["", ""]
+
+
+def test_a_turn_that_is_too_large_to_keep_says_so(fresh_server: Callable[..., LiveServer], clients: Clients) -> None:
+    live = fresh_server(num_blocks=256, max_tenant_session_bytes=3000)
+    ai = clients(live)
+    talk = ai.conversations.create()
+    ask(ai, "x" * 400, conversation=talk.id)
+    for attempt in (lambda: ask(ai, "x"), lambda: ask(ai, "x", conversation=talk.id, store=False)):
+        with pytest.raises(InternalServerError) as caught:
+            attempt()
+        assert (caught.value.status_code, caught.value.code) == (507, "session_quota")
+    assert ask(ai, "x", store=False).status == "incomplete"
+
+
+def test_chat_and_completions_tell_the_tiers_too(tiny: Live) -> None:
+    chat = {"messages": [{"role": "user", "content": "a chat that fills a few blocks with tokens"}], "max_tokens": 1}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "y" * 40, "max_tokens": 1})):
+        usages = [tiny.ask(path, body).json()["usage"] for _ in range(2)]
+        cached = usages[1]["prompt_tokens_details"]["cached_tokens"]
+        assert cached > 0 and usages[1]["nanovllm"] == {"hit_tokens_by_tier": {"device": cached}}
+        last = tiny.events(path, {**body, "stream_options": {"include_usage": True}})[-2]
+        assert last["usage"]["nanovllm"]["hit_tokens_by_tier"] == {"device": cached}

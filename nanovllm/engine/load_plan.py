@@ -3,6 +3,9 @@
 What it is: the decision before a load, as data that a receipt shows. What it knows nothing about: moving
 bytes, block ids. Invariants: looking changes nothing and touches no disk; both estimates are in the plan
 whatever was decided; where the cost of computing is not known yet, the load is tried.
+
+Of one tier it is all or nothing: a token costs more to compute the more stand before it, and the same to load, so
+what loading saves a token grows along the prefix. Where the tier changes, the rest may be worth computing instead.
 """
 
 from __future__ import annotations
@@ -62,7 +65,18 @@ def plan_load(
     plane: Plane, blocks: list[KVBlock], tiers: tuple[str, ...], cached: int, new: int, costs: StepCosts, mode: str
 ) -> LoadPlan:
     """Whether to bring up `blocks`: `cached` tokens are on the device, `new` would have to be computed."""
-    found = tuple(blocks[: len(tiers)])
+    ends = [i for i in range(1, len(tiers) + 1) if i == len(tiers) or tiers[i] != tiers[i - 1]] or [0]
+    options = [_plan(plane, blocks[:end], tiers[:end], cached, new, costs, mode) for end in ends]
+    if mode != AUTO or not costs.is_known:
+        return options[-1]
+    best = max(options, key=lambda plan: (plan.compute_ms or 0.0) - plan.load_ms)
+    return best if best.is_worth_it else options[-1]
+
+
+def _plan(
+    plane: Plane, found: list[KVBlock], tiers: tuple[str, ...], cached: int, new: int, costs: StepCosts, mode: str
+) -> LoadPlan:
+    """What bringing up just these would cost and save."""
     sizes = [plane.catalog.entries[block.digest].size_bytes for block in found]
     load_ms = sum(plane.places[tier].read_speed.ms(size) for tier, size in zip(tiers, sizes, strict=True))
     labels = {plane.places[tier].read_speed.label for tier in tiers}
@@ -72,7 +86,7 @@ def plan_load(
         compute_ms = costs.ms(cached, new) - costs.ms(cached + loaded, new - loaded)
     worth, reason = _decide(mode, load_ms, compute_ms)
     label = "measured" if labels == {"measured"} else "estimated"
-    return LoadPlan(found, tiers, sum(sizes), load_ms, label, compute_ms, worth, reason)
+    return LoadPlan(tuple(found), tiers, sum(sizes), load_ms, label, compute_ms, worth, reason)
 
 
 def _decide(mode: str, load_ms: float, compute_ms: float | None) -> tuple[bool, str]:

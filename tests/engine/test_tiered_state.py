@@ -244,6 +244,22 @@ def test_a_load_starts_only_where_it_is_cheaper_and_the_receipt_has_both_estimat
     assert [event.outcome for event in moves(bench, "load")] == ["done" if loads_it else "refused"]
 
 
+@pytest.mark.parametrize(("cellar_bytes_per_ms", "tiers"), [(1.0, {"host": 12}), (1e6, {"host": 12, "cellar": 16})])
+def test_what_lies_in_a_slow_tier_is_computed_behind_what_lies_in_a_fast_one(
+    cellar_bytes_per_ms: float, tiers: dict[str, int]
+) -> None:
+    bench = warm(kv_tiers=("host", "cellar"), load_mode="auto")
+    plane = bench.store.plane
+    for digest in reversed(plane.chain_of(PROMPT, "default")[3:]):
+        plane.evict(plane.places["host"], plane.catalog.entries[digest])
+    plane.flush(plane.places["host"])
+    plane.places["host"].read_speed.recall(1e6)
+    plane.places["cellar"].read_speed.recall(cellar_bytes_per_ms)
+    bench.state.costs.observe(100, 100.0)
+    final = bench.run(PROMPT, greedy(2))
+    assert final.hit_tokens_by_tier == tiers and final.token_ids == answer(PROMPT, 2, VOCAB)
+
+
 def test_attention_is_told_apart_where_the_steps_show_it() -> None:
     costs, truth = StepCosts(), CostTable(3.0, 0.05, 2e-5)
     for cached, new in [(0, 512), (512, 512), (1024, 512), (1536, 512), (0, 64), (2000, 100)]:

@@ -12,7 +12,9 @@ the read bandwidth measured here:
     ours       what the engine itself calls, from whichever form of the weight it keeps
 
 The fastest of the three makes the floor, so a slower linear of ours cannot lower the ratio; a faster one raises it,
-until the rest of the step has followed. Paths and steps are measured in turn; figures are medians, and `measured`.
+until the rest of the step has followed. Where a step of few rows is one call of ours in C, its linears cannot be timed
+by themselves: `ours` then calls them one by one, and the ratio can fall below 1. Paths and steps are measured in turn;
+figures are medians, and `measured`.
 """
 
 from __future__ import annotations

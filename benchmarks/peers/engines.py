@@ -41,8 +41,7 @@ class Engine:
     takes_safetensors: bool = True
 
 
-# Chunks of 512 cost a long prompt 0 to 3 % and make the pause of those who decode beside it a fraction: dev/LOG.md
-OURS = Engine("nanovllm", "nanovllm_worker.py", settings={"engine": {"max_prefill_chunk": 512}})
+OURS = Engine("nanovllm", "nanovllm_worker.py", settings={"engine": {}})
 PEERS = (
     Engine(
         "vllm",

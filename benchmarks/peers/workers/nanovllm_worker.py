@@ -55,6 +55,7 @@ class Worker:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_prefill_chunk": config.max_prefill_chunk,
+            "max_prefill_beside_decode": config.max_prefill_beside_decode,
             "prefix_mode": config.prefix_mode,
             "block_size": config.block_size,
         }

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from nanovllm.core.events import Event, EventReader, RequestEvent, WaitEvent
+from nanovllm.core.events import Event, EventReader, MoveEvent, RequestEvent, WaitEvent
 from nanovllm.core.timeline import Timeline
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
@@ -107,6 +107,8 @@ class StateWatch:
 
 
 def _is_shown(event: Event) -> bool:
+    if isinstance(event, MoveEvent):
+        return event.move != "write" or event.outcome == "failed"  # of writes there is one a step
     return isinstance(event, WaitEvent) or (isinstance(event, RequestEvent) and event.stage not in _TOO_MANY)
 
 

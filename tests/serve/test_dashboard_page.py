@@ -183,13 +183,15 @@ TIERS = """Object.fromEntries([...document.querySelectorAll('#tiers-body tr:not(
 def test_tiers_are_drawn_as_the_server_counts_them(page: Page, fresh_server: Factory, tmp_path: Path) -> None:
     """Bytes, hits, misses, damage and failures of each tier by kind; a breaker that is open; the last receipts."""
     live = fresh_server(
-        engine_process=False, num_blocks=64, state_dir=str(tmp_path), state_host_memory="1MiB", state_load="always"
+        engine_process=False, num_blocks=32, state_dir=str(tmp_path), state_host_memory="1MiB", state_load="always"
     )
     text = live.ask("POST", "/state/objects", {"text": "kept", "metadata": {"name": HOSTILE, "durable": True}}).json
     talk = live.ask("POST", "/state/objects", {"messages": [{"role": "user", "content": "x"}]}).json
     opened(page, live)
     for number in range(4):
-        live.complete("one prompt that fills the pool " * 12 + str(number % 2), max_tokens=2)
+        live.complete(f"{number % 2} is a prompt that fills the pool " * 10, max_tokens=2)
+    whats = "[...document.querySelectorAll('#events-body .what')].map((node) => node.textContent)"
+    page.until(f"{whats}.some((what) => what.startsWith('load, '))")
     live.ask("POST", "/state/evict", {"tier": "host", "bytes": 1 << 20})
     (file,) = [one for one in (tmp_path / "texts").iterdir() if one.name.startswith(talk["state_id"])]
     file.write_bytes(file.read_bytes()[:-1] + b"\0")

@@ -1,6 +1,6 @@
 // The newest events, newest first, by request if so wished.
 
-import { byId, count, el, say, short } from "./dom.js";
+import { byId, count, el, millis, say, short, size } from "./dom.js";
 
 const SHOWN = 200;
 const KINDS = {
@@ -65,11 +65,22 @@ export class Events {
 }
 
 function lineOf(event) {
+  if (event.record === "move") return moveLine(event);
   const isWait = event.record === "wait";
   const what = isWait ? "waits" : event.stage;
   const detail = isWait ? waitDetail(event) : stageDetail(event);
   const kind = isWait ? "queue" : (KINDS[event.stage] ?? "free");
   return { event, what, detail, kind, text: `${event.request_id} ${what} ${detail} ${event.reason ?? ""}`.toLowerCase() };
+}
+
+/** KV that moved between the device and a tier, or a tier that failed. */
+function moveLine(event) {
+  const what = event.move === "failure" ? `${event.tier} failed` : `${event.move}, ${event.tier}`;
+  const moved = `${count(event.blocks)} blocks, ${size(event.size_bytes)} in ${millis(event.duration_ns / 1e6)}`;
+  const words = { refused: "computing is cheaper", failed: "nothing came", partial: `${moved}; not all came`, done: moved, open: "it is left alone", half_open: "it is tried again", closed: "it stays in use" };
+  const kind = event.move === "failure" || event.outcome === "failed" ? "bad" : "loading";
+  const detail = words[event.outcome] ?? event.outcome;
+  return { event, what, detail, kind, text: `${event.request_id} ${what} ${detail} ${event.outcome}`.toLowerCase() };
 }
 
 function waitDetail(event) {

@@ -1,8 +1,9 @@
 """CPU kernels with hand-written loops: kernels.c called through ctypes, which releases the GIL.
 
 What it is: norms, SiLU, rotation with KV writes, and attention that reads blocks in place:
-units of keys for sequences of one query, tiles of queries for chunks of a prompt. What it
-knows nothing about: compilers. Invariants: threads are torch's, as many as torch uses; a
+units of keys for sequences of one query, tiles of queries for chunks of a prompt. Where a
+processor multiplies matrices (AMX), long chunks in bfloat16 attend in torch, which uses it.
+What it knows nothing about: compilers. Invariants: threads are torch's, as many as torch uses; a
 token's result depends on the tokens before it, never on its neighbours in the step, on how
 its prompt was cut into chunks or on the number of threads.
 """
@@ -24,9 +25,10 @@ from nanovllm.kernels.grouped_linear import GroupedLinear, can_group
 from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, DecoderLayer, Linear, StepLayout, WholeDecoder
 from nanovllm.kernels.packed_linear import PackedLinear
-from nanovllm.kernels.paged import PagedPlan
+from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 
 LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
+LONG_CHUNK = 32  # tokens from which on AMX may pay; not measured
 
 
 class CompiledKernels(CpuKernels):
@@ -37,6 +39,7 @@ class CompiledKernels(CpuKernels):
     def __init__(self, instructions: list[str] | None = None) -> None:
         self._libraries = {dtype: c_library.load(dtype, instructions) for dtype in DEFINES}
         self._parallel = c_library.parallel()
+        self.has_matrix_unit = torch.cpu._is_amx_tile_supported()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
         """Few rows in bfloat16 are computed from the groups of a quantised file, where there are any."""
@@ -97,14 +100,18 @@ class CompiledKernels(CpuKernels):
         if dim % LANES or dim > MAX_DIM or group > MAX_GROUP:
             return super().plan(layout, pool, geometry)
         tokens = (layout.slot_blocks, layout.slot_offsets, layout.block_tables.contiguous())
-        decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group)
+        longest = (
+            LONG_CHUNK - 1 if self.has_matrix_unit and pool.dtype == torch.bfloat16 else int(layout.query_lens.max())
+        )
+        chunks = prefill_chunks(layout, pool, geometry, shortest=longest + 1, masked=False)
+        decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group, longest)
         args = StepArgs(
             len(layout.positions), len(decodes[0]), len(units[0]), geometry.num_heads, geometry.num_kv_heads, dim,
             pool.shape[4], pool.stride(0), layout.block_tables.shape[1], geometry.sliding_window or 0,
             *(column.data_ptr() for column in (*tokens, *decodes, *units)), len(tiles[0]),
             *(column.data_ptr() for column in tiles), self._parallel, torch.get_num_threads(), geometry.scale,
         )  # fmt: skip
-        return CompiledPlan(pool, geometry, args, (*tokens, *decodes, *units, *tiles))
+        return CompiledPlan(pool, geometry, args, (*tokens, *decodes, *units, *tiles), chunks)
 
     def attention(
         self, plan: AttentionPlan, layer: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -121,6 +128,9 @@ class CompiledKernels(CpuKernels):
         args.kv = pool.data_ptr() + layer * pool.stride(1) * pool.element_size()
         args.cos, args.sin = cos.data_ptr(), sin.data_ptr()
         self._libraries[qkv.dtype].attend_layer(ctypes.byref(args))
+        for chunk in plan.chunks:
+            span = slice(chunk.start, chunk.stop)
+            out[span] = attend_chunk(pool, plan.geometry, layer, chunk, qkv[span, : plan.geometry.num_heads])
         return out.flatten(1)
 
 
@@ -137,11 +147,11 @@ def _decodes(layout: StepLayout, geometry: AttentionGeometry) -> tuple[tuple[tor
     return sequences, (torch.from_numpy(unit_seqs), torch.from_numpy(first_units), partial)
 
 
-def _tiles(layout: StepLayout, group: int) -> tuple[torch.Tensor, ...]:
-    """Chunks in pieces of tokens that attend together, the longest first: sequence, first row, tokens, position."""
+def _tiles(layout: StepLayout, group: int, longest: int) -> tuple[torch.Tensor, ...]:
+    """Chunks up to `longest` in pieces that attend together, most work first: sequence, first row, tokens, position."""
     size = MAX_ROWS // group
     starts = np.cumsum(layout.query_lens) - layout.query_lens
-    chunks = np.flatnonzero(layout.query_lens > 1)
+    chunks = np.flatnonzero((layout.query_lens > 1) & (layout.query_lens <= longest))
     pieces = -(-layout.query_lens[chunks] // size)
     seqs = np.repeat(chunks, pieces)
     offsets = size * (np.arange(len(seqs)) - np.repeat(np.cumsum(pieces) - pieces, pieces))

@@ -11,6 +11,7 @@ import torch
 
 from nanovllm.kernels.c_library import StepArgs
 from nanovllm.kernels.interface import AttentionGeometry
+from nanovllm.kernels.paged import PrefillChunk
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,4 @@ class CompiledPlan:
     geometry: AttentionGeometry
     args: StepArgs
     arrays: tuple[torch.Tensor, ...]
+    chunks: list[PrefillChunk]  # what attends in torch

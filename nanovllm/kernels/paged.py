@@ -42,7 +42,7 @@ class PrefillChunk:
     stop: int
     context: int
     block_rows: torch.Tensor  # [G * blocks]
-    mask: torch.Tensor | None  # [L, context] bool; None where plain causal will do
+    mask: torch.Tensor | None  # [L, context] bool; None: causal, after a past that all see where context > L
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def attend_chunk(
 ) -> torch.Tensor:
     """One sequence's chunk over its own gathered keys: q [L, H, D] -> [L, H, D]."""
     keys, values = _gather(pool, layer, chunk.block_rows, 1)
+    if chunk.mask is None and chunk.context > len(q):
+        return _merged(q, keys[:, :, : chunk.context], values[:, :, : chunk.context], geometry)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys[:, :, : chunk.context],
@@ -134,10 +136,27 @@ def attend_chunk(
     return out[0].transpose(0, 1)
 
 
-def prefill_chunks(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry) -> list[PrefillChunk]:
-    """The step's sequences that compute more than one token."""
+def _merged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, geometry: AttentionGeometry) -> torch.Tensor:
+    """The past without a mask, the chunk causally, each by its share of the softmax's sum: q, returned [L, H, D]."""
+    length, heads, dim = q.shape
+    past, group = keys.shape[2] - length, geometry.num_heads // geometry.num_kv_heads
+    flash, q = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.transpose(0, 1)
+    own = (part[:, :, past:].repeat_interleave(group, 1) for part in (keys, values))
+    late, late_sum = flash(q[None], *own, is_causal=True, scale=geometry.scale)
+    rows = q.reshape(1, -1, group * length, dim)  # the query heads of a KV head, as rows
+    early, early_sum = flash(rows, keys[:, :, :past], values[:, :, :past], scale=geometry.scale)
+    share = torch.sigmoid(early_sum.reshape(heads, length, 1) - late_sum.reshape(heads, length, 1))
+    out = torch.lerp(late[0].float(), early.reshape(heads, length, dim).float(), share)
+    return out.transpose(0, 1).to(q.dtype)
+
+
+def prefill_chunks(
+    layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, *, shortest: int = 2, masked: bool = True
+) -> list[PrefillChunk]:
+    """The step's sequences that compute `shortest` tokens or more; not `masked`: without a mask where one can do."""
     starts = np.cumsum(layout.query_lens) - layout.query_lens
-    return [_chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in np.flatnonzero(layout.query_lens > 1)]
+    long = np.flatnonzero(layout.query_lens >= shortest)
+    return [_chunk(layout, pool, geometry, int(starts[i]), int(i), masked) for i in long]
 
 
 def _gather(pool: torch.Tensor, layer: int, block_rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,9 +217,11 @@ def _decode_group(
     )
 
 
-def _chunk(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, start: int, i: int) -> PrefillChunk:
+def _chunk(
+    layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, start: int, i: int, masked: bool
+) -> PrefillChunk:
     length, context = int(layout.query_lens[i]), int(layout.context_lens[i])
-    plain = length == context and geometry.sliding_window is None
+    plain = (length == context or not masked) and geometry.sliding_window is None
     table = layout.block_tables[i : i + 1, : -(-context // pool.shape[4])]
     mask = None if plain else visible(length, context, geometry.sliding_window, pool.device)
     return PrefillChunk(start, start + length, context, _block_rows(table, pool), mask)

@@ -22,7 +22,9 @@ from nanovllm.kernels.reference import ReferenceKernels
 REFERENCE = ReferenceKernels()
 CAPPED = CompiledKernels(["-march=x86-64-v3"] if platform.machine() == "x86_64" else [])  # as for an AVX2 machine
 CAPPED.name = "compiled without AVX-512"
-FAST = [CompiledKernels(), CAPPED, CpuKernels(), PagedKernels()]
+MATRIX_UNIT = CompiledKernels()
+MATRIX_UNIT.name, MATRIX_UNIT.has_matrix_unit = "compiled for AMX", True  # the same route, here without the speed
+FAST = [CompiledKernels(), CAPPED, CpuKernels(), PagedKernels(), MATRIX_UNIT]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 LAYERS = 2

@@ -60,20 +60,28 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Grammars at once, then bans, biases and penalties, row by row where a row has any. Changes `logits` in place."""
+    """Grammars, then bans, biases and penalties, each for all rows at once. Changes `logits` in place."""
     if batch.mask_rows.size:
         _forbid(logits, batch)
-    for i in range(logits.shape[0]):
-        banned = batch.banned[batch.banned_offsets[i] : batch.banned_offsets[i + 1]]
-        if banned.size:
-            logits[i, torch.from_numpy(banned)] = MASK
-        span = slice(batch.bias_offsets[i], batch.bias_offsets[i + 1])
-        if batch.bias_ids[span].size:
-            logits[i, torch.from_numpy(batch.bias_ids[span])] += torch.from_numpy(batch.bias_values[span]).to(logits)
-        history = batch.history[batch.history_offsets[i] : batch.history_offsets[i + 1]]
-        if history.size:
-            _penalise(logits[i], history, batch, i)
+    flat, vocab = logits.view(-1), logits.shape[1]
+    if batch.banned.size:
+        flat[_cells(batch.banned, batch.banned_offsets, vocab, flat)] = MASK
+    if batch.bias_ids.size:
+        cells = _cells(batch.bias_ids, batch.bias_offsets, vocab, flat)
+        flat[cells] += torch.from_numpy(batch.bias_values).to(flat)
+    if batch.history.size:
+        _penalise(flat, vocab, batch)
     return logits
+
+
+def _rows(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row that owns each value of a ragged column."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
+def _cells(token_ids: NDArray[np.int64], offsets: NDArray[np.int64], vocab: int, flat: torch.Tensor) -> torch.Tensor:
+    """Where the tokens of a ragged column stand in all rows' logits, laid end to end."""
+    return torch.from_numpy(_rows(offsets) * vocab + token_ids).to(flat.device)
 
 
 def _forbid(logits: torch.Tensor, batch: SamplingBatch) -> None:
@@ -84,14 +92,22 @@ def _forbid(logits: torch.Tensor, batch: SamplingBatch) -> None:
     logits[rows] = logits[rows].masked_fill_(forbidden, MASK)
 
 
-def _penalise(row: torch.Tensor, history: NDArray[np.int64], batch: SamplingBatch, i: int) -> None:
+def _penalise(flat: torch.Tensor, vocab: int, batch: SamplingBatch) -> None:
     """Repetition over prompt and output (CTRL, arXiv 1909.05858); presence and frequency over output (OpenAI)."""
-    seen = torch.from_numpy(np.unique(history))
-    values, factor = row[seen], float(batch.repetition_penalty[i])
-    row[seen] = torch.where(values > 0, values / factor, values * factor)
-    output, counts = np.unique(history[batch.prompt_lens[i] :], return_counts=True)
-    penalty = batch.presence_penalty[i] + batch.frequency_penalty[i] * counts.astype(np.float32)
-    row[torch.from_numpy(output)] -= torch.from_numpy(penalty).to(row)
+    rows = _rows(batch.history_offsets)
+    cells = rows * vocab + batch.history
+    if (batch.repetition_penalty != 1).any():
+        seen, factors = (
+            torch.from_numpy(cells).to(flat.device),
+            torch.from_numpy(batch.repetition_penalty[rows]).to(flat),
+        )
+        values = flat[seen]
+        flat[seen] = torch.where(values > 0, values / factors, values * factors)  # twice the same, where seen twice
+    is_output = np.arange(len(cells)) - batch.history_offsets[rows] >= batch.prompt_lens[rows]
+    output, counts = np.unique(cells[is_output], return_counts=True)
+    owner = output // vocab
+    penalty = batch.presence_penalty[owner] + batch.frequency_penalty[owner] * counts.astype(np.float32)
+    flat[torch.from_numpy(output).to(flat.device)] -= torch.from_numpy(penalty).to(flat)
 
 
 def _draw(logits: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:

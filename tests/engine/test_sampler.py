@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.core.sampling_params import SamplingParams
-from nanovllm.engine.sampler import TOP_CANDIDATES, Sampler, uniforms
+from nanovllm.engine.sampler import TOP_CANDIDATES, Sampler, _adjust, uniforms
 from nanovllm.engine.sampling_batch import SamplingBatch
 from nanovllm.engine.sequence import Sequence
 
@@ -150,6 +150,52 @@ def test_penalties_follow_their_definitions(
     penalties = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
     chosen = sample(LOGITS, sequence(prompt, output, temperature=0.0, **penalties))[0]
     assert expected[chosen] == pytest.approx(max(expected), abs=1e-4)
+
+
+def changed(logits: torch.Tensor, seq: Sequence) -> torch.Tensor:
+    """One row's logits by the definitions, one token at a time: bans, bias, penalties."""
+    row, params = logits.clone(), seq.sampling_params
+    if seq.num_completion_tokens < params.min_tokens:
+        for token_id in (*seq.eos_token_ids, *params.stop_token_ids):
+            row[token_id] = -math.inf
+    for token_id, bias in params.logit_bias.items():
+        row[token_id] += bias
+    if not params.has_penalties:
+        return row
+    for token_id, _ in Counter(seq.token_ids).items():
+        factor = torch.tensor(params.repetition_penalty)
+        row[token_id] = row[token_id] / factor if row[token_id] > 0 else row[token_id] * factor
+    for token_id, count in Counter(seq.token_ids[seq.num_prompt_tokens :]).items():
+        scaled = torch.tensor(params.frequency_penalty) * count
+        row[token_id] -= torch.tensor(params.presence_penalty) + scaled
+    return row
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {
+                "prompt": st.lists(st.integers(0, 39), min_size=1, max_size=8),
+                "output": st.lists(st.integers(0, 39), max_size=8),
+                "repetition_penalty": st.sampled_from([1.0, 1.3]),
+                "presence_penalty": st.sampled_from([0.0, 0.7]),
+                "frequency_penalty": st.sampled_from([0.0, -0.4]),
+                "logit_bias": st.dictionaries(st.integers(0, 39), st.sampled_from([-3.0, 2.5]), max_size=3),
+                "min_tokens": st.integers(0, 6),
+                "stop_token_ids": st.lists(st.integers(0, 39), max_size=2).map(tuple),
+            }
+        ),
+        min_size=1,
+        max_size=7,
+    ),
+    seed=st.integers(0, 2**31),
+)
+def test_a_batch_of_changes_is_each_rows_own_to_the_bit(rows: list[dict[str, Any]], seed: int) -> None:
+    seqs = [sequence(max_tokens=16, **row) for row in rows]
+    logits = torch.randn(len(seqs), 40, generator=torch.Generator().manual_seed(seed))
+    expected = torch.stack([changed(row, seq) for row, seq in zip(logits, seqs, strict=True)])
+    assert torch.equal(_adjust(logits.clone(), SamplingBatch.build(seqs)), expected)
 
 
 def test_logprobs_are_those_of_the_models_own_logits() -> None:

@@ -91,7 +91,6 @@ class StateWatch:
         lost = self._reader.dropped - dropped + max(0, len(events) - MAX_EVENTS)
         return [to_record(event) for event in events[-MAX_EVENTS:]], lost
 
-
     def _receipts(self) -> list[dict[str, Any]]:
         """The newest receipts of the state plane since the last view, oldest first, without their candidates."""
         if self._engine.parts.state is None:

@@ -75,7 +75,7 @@ class Worker:
             self._pending = b""
             self.about: dict[str, Any] = self._read(START_S)["about"]
         except BaseException:
-            self.stop()
+            self.stop(0)
             raise
         self.start_s = time.perf_counter() - begin_s
 
@@ -91,13 +91,13 @@ class Worker:
             raise ValueError(answer["error"])
         return checked(requests, answer["results"])
 
-    def stop(self) -> None:
-        """End the process and every process it started."""
+    def stop(self, patience_s: float = STOP_S) -> None:
+        """End the process, kindly for so long, and every process it started."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_S)
+            self.process.wait(patience_s)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -129,8 +129,10 @@ def visit(engine: Engine, python: str, place: Place, is_capped: bool) -> Iterato
     worker = Worker(engine, python, place, is_capped)
     try:
         yield worker
-    finally:
-        worker.stop()
+    except BaseException:  # it died, or we are told to end: no time to be kind
+        worker.stop(0)
+        raise
+    worker.stop()
 
 
 def measure(worker: Worker, row: Row, repeat: int) -> Figures:

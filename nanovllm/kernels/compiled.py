@@ -103,7 +103,7 @@ class CompiledKernels(CpuKernels):
         longest = (
             LONG_CHUNK - 1 if self.has_matrix_unit and pool.dtype == torch.bfloat16 else int(layout.query_lens.max())
         )
-        chunks = prefill_chunks(layout, pool, geometry, shortest=longest + 1, masked=False)
+        chunks = prefill_chunks(layout, pool, geometry, shortest=longest + 1)
         decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group, longest)
         args = StepArgs(
             len(layout.positions), len(decodes[0]), len(units[0]), geometry.num_heads, geometry.num_kv_heads, dim,

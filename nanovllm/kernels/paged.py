@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, StepLayout
 from nanovllm.kernels.reference import ReferenceKernels, visible
 
+MERGED_PAST = 512  # keys from which on a chunk's past is attended to apart from the chunk, without a mask (dev/LOG.md)
+
 
 @dataclass(frozen=True)
 class DecodeGroup:
@@ -151,12 +153,12 @@ def _merged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, geometry:
 
 
 def prefill_chunks(
-    layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, *, shortest: int = 2, masked: bool = True
+    layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, shortest: int = 2
 ) -> list[PrefillChunk]:
-    """The step's sequences that compute `shortest` tokens or more; not `masked`: without a mask where one can do."""
+    """The step's sequences that compute `shortest` tokens or more."""
     starts = np.cumsum(layout.query_lens) - layout.query_lens
     long = np.flatnonzero(layout.query_lens >= shortest)
-    return [_chunk(layout, pool, geometry, int(starts[i]), int(i), masked) for i in long]
+    return [_chunk(layout, pool, geometry, int(starts[i]), int(i)) for i in long]
 
 
 def _gather(pool: torch.Tensor, layer: int, block_rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,11 +219,10 @@ def _decode_group(
     )
 
 
-def _chunk(
-    layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, start: int, i: int, masked: bool
-) -> PrefillChunk:
+def _chunk(layout: StepLayout, pool: torch.Tensor, geometry: AttentionGeometry, start: int, i: int) -> PrefillChunk:
     length, context = int(layout.query_lens[i]), int(layout.context_lens[i])
-    plain = (length == context or not masked) and geometry.sliding_window is None
+    merges = context - length >= MERGED_PAST and pool.device.type == "cpu"
+    plain = (length == context or merges) and geometry.sliding_window is None
     table = layout.block_tables[i : i + 1, : -(-context // pool.shape[4])]
     mask = None if plain else visible(length, context, geometry.sliding_window, pool.device)
     return PrefillChunk(start, start + length, context, _block_rows(table, pool), mask)

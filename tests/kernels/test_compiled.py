@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +135,21 @@ def test_alone_beside_others_and_with_two_threads_are_the_same_bits(step: Step) 
         )  # fmt: skip
         assert torch.equal(attend(alone, span), together[span])
         start += length
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the cap is one of x86")
+@pytest.mark.parametrize("cap, level", [("avx2", "v3"), ("default", "v2")])
+def test_the_cap_of_torch_caps_our_kernels_too(cap: str, level: str) -> None:
+    """Read in a process of its own: torch looks at the variable once."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from nanovllm.kernels.c_library import target; print(*target())"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": cap, "CC": "cc"},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [f"-march=x86-64-{level}"]
+
+
+def test_each_set_of_instructions_is_a_file_of_its_own(cache: Path) -> None:
+    for instructions in ([], ["-O1"], []):
+        c_library.load(torch.float32, instructions)
+    assert len(list(cache.iterdir())) == 2

@@ -57,10 +57,10 @@ class Shared:
 
 
 @contextlib.contextmanager
-def shared(folder: Path, *options: str, **settings: Any) -> Iterator[Shared]:
+def shared(folder: Path, *options: str, timeouts: str = QUICK) -> Iterator[Shared]:
     with running_server(folder, *options) as (url, process):
         proxy = Proxy(url)
-        with LLM(**TINY, state_remote=proxy.url + QUICK, **settings) as llm:
+        with LLM(**TINY, state_remote=proxy.url + timeouts) as llm:
             client = redis.Redis.from_url(url, retry=None)
             yield Shared(llm, client, process, proxy)
             client.close()
@@ -171,7 +171,7 @@ LIES: dict[str, tuple[Fault, bool]] = {  # and whether the reader calls it damag
 
 @pytest.fixture(scope="module")
 def lied_to(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    with shared(tmp_path_factory.mktemp("lied_to")) as one:
+    with shared(tmp_path_factory.mktemp("lied_to"), timeouts="") as one:  # megabytes, on a machine that may be busy
         yield one
 
 
@@ -190,7 +190,9 @@ def test_what_lies_under_our_keys_is_ours_or_a_miss(cold: list[int], lied_to: Sh
     final = one.ask()
     assert final.token_ids == cold and final.cached_tokens < 68
     now = one.place.counters
-    assert (now.corrupt > before.corrupt) == is_damage and now.misses > before.misses and now.failures == 0
+    assert (
+        (now.corrupt > before.corrupt) == is_damage and now.misses > before.misses and now.failures == before.failures
+    )
     assert state.counters.loads_failed == failed + 1
     assert one.proxy.bytes_back - bytes_back < 6 << 20, "no more is fetched of a key than may lie there"
     for _ in range(3):

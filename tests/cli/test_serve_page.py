@@ -45,6 +45,8 @@ def commands(page: str) -> list[str]:
 
 def test_both_languages_show_the_same_five() -> None:
     assert commands(PAGES[0]) == commands(PAGES[1]) and len(commands(PAGES[0])) == 5
+    programs = [[re.sub("#.*", "", code) for code in blocks(page, "python")] for page in PAGES]
+    assert programs[0] == programs[1]
 
 
 @pytest.mark.parametrize("model", ["tiny:random", pytest.param("smollm2", marks=pytest.mark.long)])
@@ -53,7 +55,7 @@ def test_a_conversation_goes_on_after_kill_9(tmp_path: Path, model: str, request
         request.getfixturevalue("smollm2_path")
     port = free_port()
     script = [adapted(line, model, port) for line in commands(PAGES[0])]
-    done = shell(tmp_path, ["set -e", *script, *looks(port), "kill -9 $!"])
+    done = shell(tmp_path, [*script, *looks(port)])
     kept, explained = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"'))
     said = [part["text"] for m in kept["content"]["messages"] if m["role"] == "user" for part in m["content"]]
     assert said == re.findall(r'echo "(.*?)"', "\n".join(script)) and len(said) == 2
@@ -64,15 +66,14 @@ def test_a_conversation_goes_on_after_kill_9(tmp_path: Path, model: str, request
     )
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_rest_of_the_page_runs(tmp_path: Path, page: str) -> None:
+def test_the_rest_of_the_page_runs(tmp_path: Path) -> None:
     """The client's program, and the operator's commands; they find the server by the folder it has."""
-    port = free_port()
+    port, page = free_port(), PAGES[0]
     program, listed = blocks(page, "python")[0], [line.split("#")[0] for line in blocks(page, "")[1].splitlines()]
     (tmp_path / "program.py").write_text(program.replace(":8000", f":{port}").replace("smollm2", "tiny:random"))
     setting_up = [adapted(line, "tiny:random", port) for line in commands(page)[:3]]
-    lines = ["set -e", *setting_up, f'"{sys.executable}" -P ../program.py', *(f".venv/bin/{line}" for line in listed)]
-    done = shell(tmp_path, [*lines, "kill -9 $!"])
+    lines = [*setting_up, f'"{sys.executable}" -P ../program.py', *(f".venv/bin/{line}" for line in listed)]
+    done = shell(tmp_path, lines)
     assert int(done.stdout.split("state_id")[0].split()[-1]) >= 16  # cached tokens of the client's second turn
     assert len(listed) == 5 and "trip" in done.stdout and "used_bytes" in done.stdout
 
@@ -100,14 +101,15 @@ def shell(folder: Path, lines: list[str]) -> subprocess.CompletedProcess[str]:
     (folder / "make").write_text(MAKE.format(python=sys.executable))
     (folder / "make").chmod(0o755)
     settings = {
-        "NANOVLLM_MAX_MODEL_LEN": "512",
+        "NANOVLLM_MAX_MODEL_LEN": "2048",
         "NANOVLLM_KV_MEMORY": "64MiB",
         "NANOVLLM_STATE_LOAD": "always",
         "OMP_NUM_THREADS": "1",
     }
     env = {**os.environ, **settings, "REPOSITORY": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"}
+    script = "\n".join(["trap 'kill -9 $!' EXIT", *lines])
     process = subprocess.Popen(
-        ["bash", "-c", "\n".join(lines)], cwd=folder, env=env, text=True, start_new_session=True,
+        ["bash", "-ec", script], cwd=folder, env=env, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:

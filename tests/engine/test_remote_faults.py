@@ -21,7 +21,7 @@ from nanovllm.state.place import Place
 from tests.engine.test_state_exact import GREEDY, PROMPT, TINY, cold, forget_device, settle  # noqa: F401
 from tests.state.servers import Proxy, free_port, needs_server, running_server
 
-QUICK = "?socket_timeout=0.1&socket_connect_timeout=0.1"
+QUICK = "?socket_timeout=0.25&socket_connect_timeout=0.25"
 REQUESTS = [7, pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
 OTHER = [(5 * i + 3) % 250 for i in range(70)]
 
@@ -70,7 +70,7 @@ def shared(folder: Path, *options: str, timeouts: str = QUICK) -> Iterator[Share
 
 
 def slow(one: Shared) -> None:
-    one.proxy.delay_s = 0.3  # more than the client waits
+    one.proxy.delay_s = 0.6  # more than the client waits
 
 
 Fault = Callable[[Shared], object]

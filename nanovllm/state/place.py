@@ -20,11 +20,12 @@ from nanovllm.state.tiers.tier import Item, Tier
 
 HIGH, LOW = 0.95, 0.85  # reclaim begins above the one and ends below the other
 SMOOTHING = 0.2
+MIN_MEASURED = 1 << 16  # bytes; a text of a few hundred measures how long a thread takes to wake
 
 
 @dataclass
 class Bandwidth:
-    """Milliseconds per transfer, as base and per byte; `estimated` until something was measured."""
+    """Bytes per millisecond; `estimated` until something was measured. What a small transfer takes is not bandwidth."""
 
     bytes_per_ms: float
     label: str = "estimated"
@@ -40,8 +41,8 @@ class Bandwidth:
         self.bytes_per_ms, self.is_recalled = bytes_per_ms, True
 
     def observe(self, size_bytes: int, ms: float) -> None:
-        """A transfer took `ms`."""
-        if size_bytes > 0 and ms > 0:
+        """A transfer took `ms`; one too small to tell is not counted."""
+        if size_bytes >= MIN_MEASURED and ms > 0:
             rate = size_bytes / ms
             measured = self.label == "measured"
             self.bytes_per_ms = self.bytes_per_ms * (1 - SMOOTHING) + rate * SMOOTHING if measured else rate

@@ -97,20 +97,22 @@ def test_a_pin_is_written_down_when_it_is_made(tmp_path: Path) -> None:
 def test_what_another_machine_or_model_learnt_is_learnt_anew(tmp_path: Path, identity: str) -> None:
     world = World(tmp_path / "state")
     store = opened(world)
-    store.plane.places["disk"].read_speed.observe(1000, 2.0)
+    store.plane.places["disk"].read_speed.observe(1_000_000, 2.0)
     state_id = store.put("text")
     store.pin(state_id, "disk")
     store.close()
     store = opened(world, identity)
     speed, is_same = store.plane.places["disk"].read_speed, identity == "me"
-    assert (speed.bytes_per_ms == 500.0) == is_same and speed.label == "estimated"
+    assert (speed.bytes_per_ms == 500_000.0) == is_same and speed.label == "estimated"
     assert (not store.warnings) == is_same and all("another version, model" in warning for warning in store.warnings)
     assert set(pins(store)) == {(state_id, "disk")}  # the model does not matter to it
-    speed.observe(3000, 2.0)
-    assert (speed.bytes_per_ms, speed.label) == (1500.0, "measured")
+    speed.observe(30, 2.0)
+    assert speed.label == "estimated"  # too small to tell
+    speed.observe(3_000_000, 2.0)
+    assert (speed.bytes_per_ms, speed.label) == (1_500_000.0, "measured")
     store.close()
     store = opened(world, identity)
-    assert not store.warnings and store.plane.places["disk"].read_speed.bytes_per_ms == 1500.0
+    assert not store.warnings and store.plane.places["disk"].read_speed.bytes_per_ms == 1_500_000.0
     store.close()
 
 

@@ -120,8 +120,12 @@ def target() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     level = LEVELS.get(capability, "x86-64-v2")
     bfloat16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    march = "-march=" + (level.replace("-", "_") if "ziglang" in compiler() else level)
-    return [march, "-mavx512bf16"] if bfloat16 else [march]
+    return [march(level), "-mavx512bf16"] if bfloat16 else [march(level)]
+
+
+def march(level: str) -> str:
+    """The flag for a level of x86-64, as this compiler spells it."""
+    return "-march=" + (level.replace("-", "_") if "ziglang" in compiler() else level)
 
 
 def parallel() -> int | None:

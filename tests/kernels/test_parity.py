@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanovllm.kernels.c_library import march
 from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.cpu import CpuKernels
 from nanovllm.kernels.interface import AttentionGeometry, Kernels, StepLayout
@@ -20,7 +21,7 @@ from nanovllm.kernels.paged import PagedKernels
 from nanovllm.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
-CAPPED = CompiledKernels(["-march=x86-64-v3"] if platform.machine() == "x86_64" else [])  # as for an AVX2 machine
+CAPPED = CompiledKernels([march("x86-64-v3")] if platform.machine() == "x86_64" else [])  # as for an AVX2 machine
 CAPPED.name = "compiled without AVX-512"
 MATRIX_UNIT = CompiledKernels()
 MATRIX_UNIT.name, MATRIX_UNIT.has_matrix_unit = "compiled for AMX", True  # the same route, here without the speed

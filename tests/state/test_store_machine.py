@@ -114,6 +114,19 @@ class StoreMachine(RuleBasedStateMachine):
         spill(self.store, blocks, tier)
         self.store.touch([block.digest for block in blocks], 0, len(tokens), hit=False)
 
+    @rule(tokens=TOKENS, namespace=st.sampled_from(["a", "b"]), session=st.sampled_from(["one", "two"]))
+    def name_a_session(self, tokens: list[int], namespace: str, session: str) -> None:
+        self.store.note_session(session, namespace, self.store.plane.chain_of(tokens, namespace))
+
+    @rule(namespace=st.sampled_from(["a", "b"]), session=st.sampled_from(["one", "two"]))
+    def forget_a_session(self, namespace: str, session: str) -> None:
+        self.store.settle()
+        hint = self.store.plane.catalog.named(namespace, "session", session, None)
+        if hint is not None:
+            owned = [key for key in hint.chain if self.store.plane.catalog.owners(key) == {hint.state_id}]
+            assert self.store.drop(hint.state_id).ok
+            assert not any(key in self.store.plane.catalog.entries for key in owned)
+
     @rule(tokens=TOKENS, namespace=st.sampled_from(["a", "b"]))
     def match_and_load(self, tokens: list[int], namespace: str) -> None:
         match = self.store.match(tokens, namespace)
@@ -157,7 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.device = None if self.device is None else FakeDevice()
         self.store = self.world.open(device=self.device, threads=self.threads, identity="me")
         assert not self.store.warnings
-        here = {obj.state_id for obj in self.store.ls() if obj.namespace != NAMESPACE}
+        here = {obj.state_id for obj in self.store.ls() if obj.namespace != NAMESPACE and not obj.is_hint}
         assert {key for key in self.store._residency.pins if key[1] != "host"} == {
             key for key in pins if key[0] in here
         }

@@ -23,6 +23,7 @@ from nanovllm.engine.exec_batch import NO_TOKEN, ExecResult
 from nanovllm.engine.sampling_batch import SamplingBatch
 
 SPAN = 64  # tokens whose probabilities are summed together when the drawn one is looked for
+DRAWN_TOGETHER = 16  # rows: what a draw writes then stays in the processor's cache, and its memory is used again
 TOP_CANDIDATES = 1024  # top-p looks at this many tokens first and sorts the whole vocabulary only if it must
 MASK = float("-inf")
 
@@ -37,8 +38,9 @@ class Sampler:
         adjusted = _adjust(raw.clone(), batch) if batch.changes_logits else raw
         highest, tokens = adjusted.max(dim=-1)  # NaN where a row has one
         if not batch.all_greedy:
-            rows = np.flatnonzero(batch.temperature > 0)
-            tokens[torch.from_numpy(rows).to(tokens.device)] = _draw(adjusted, batch, rows)
+            drawn = np.flatnonzero(batch.temperature > 0)
+            for rows in np.split(drawn, range(DRAWN_TOGETHER, len(drawn), DRAWN_TOGETHER)):
+                tokens[torch.from_numpy(rows).to(tokens.device)] = _draw(adjusted, batch, rows)
         token_ids = tokens.masked_fill_(~highest.isfinite(), NO_TOKEN).cpu().numpy()
         if logprobs is None:
             return ExecResult(token_ids, [None] * len(token_ids))

@@ -122,7 +122,7 @@ _PROSE = {
     "readme_question": (
         "Question: why is much of what looks like a scheduling or a latency problem one of resident state and "
         "capacity?",
-        "问题：为什么很多看起来像“调度问题”或“延迟问题”的现象，根上其实是状态驻留和容量问题？",
+        "问题：不少表面上出在调度或延迟上的毛病，为什么归根到底是状态驻留与容量造成的？",
     ),
     "readme_run": ("How it ran", "如何运行"),
     "ran_on": ("{environment}; commit {commit}", "{environment}；提交 {commit}"),

@@ -73,7 +73,7 @@ class GroupedArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ADDRESS) for name in ("codes", "scales", "offsets", "bias", "x", "y")),
-        *((name, COUNT) for name in ("rows", "inputs", "outputs", "bits")),
+        *((name, COUNT) for name in ("rows", "inputs", "outputs", "bits", "is_float")),
     )
 
 

@@ -41,14 +41,22 @@ class CompiledKernels(CpuKernels):
         self._parallel = c_library.parallel()
         self.has_matrix_unit = torch.cpu._is_amx_tile_supported()
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
+    def linear(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        grouped: GroupedWeight | None = None,
+        *,
+        is_head: bool = False,
+    ) -> Linear:
         """Few rows in bfloat16 are computed from the groups of a quantised file, where there are any."""
         packed = super().linear(weight, bias)
         if not isinstance(packed, PackedLinear) or weight.dtype != torch.bfloat16:
             return packed
         if grouped is None or not can_group(grouped):
             return packed
-        return GroupedLinear(grouped, bias, packed, self._libraries[weight.dtype], self._parallel)
+        dtype = torch.float32 if is_head else weight.dtype
+        return GroupedLinear(grouped, bias, packed, self._libraries[weight.dtype], self._parallel, dtype)
 
     def whole(
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float

@@ -23,7 +23,14 @@ class CpuKernels(PagedKernels):
 
     name = "cpu"
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
+    def linear(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        grouped: GroupedWeight | None = None,
+        *,
+        is_head: bool = False,
+    ) -> Linear:
         """`weight` is copied into oneDNN's layout; the caller may drop its own copy."""
         if not _can_pack(weight.dtype):
             return ReferenceKernels.linear(self, weight, bias)

@@ -25,10 +25,10 @@ typedef struct {
     elem *x, *delta, *normed;           /* [N, E]; x comes as the embedded tokens */
     elem *qkv, *attended;               /* [N, Q], [N, H * D] */
     elem *gate_up, *inner;              /* [N, 2 F], [N, F] */
-    elem *logits;                       /* [N, vocab] */
+    void *logits;                       /* [N, vocab] elem or float, as the head has it */
 } few_rows_args;
 
-static void multiply(const grouped_args *weight, const elem *x, elem *y, const step_args *step) {
+static void multiply(const grouped_args *weight, const elem *x, void *y, const step_args *step) {
     grouped_args a = *weight;
     a.x = x, a.y = y, a.rows = step->num_tokens;
     grouped_linear(&a, step->parallel, (int)step->threads);

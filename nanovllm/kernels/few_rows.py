@@ -76,8 +76,9 @@ class FewRows:
         )
         first = self._tables[0]
         inner = first.down.inputs
-        widths = (len(final_norm), len(final_norm), first.qkv.outputs, first.out.inputs, 2 * inner, inner)
-        self._widths = (*widths, head_args.outputs)  # of delta, normed, qkv, attended, gate_up, inner, logits
+        hidden = len(final_norm)  # of delta, normed, qkv, attended, gate_up, inner
+        self._widths = (hidden, hidden, first.qkv.outputs, first.out.inputs, 2 * inner, inner)
+        self._logits = torch.float32 if head_args.is_float else final_norm.dtype
 
     def takes(self, plan: AttentionPlan) -> bool:
         """Whether the step has so few tokens that the groups are the faster weights."""
@@ -90,10 +91,11 @@ class FewRows:
         step.kv, step.cos, step.sin = pool.data_ptr(), cos.data_ptr(), sin.data_ptr()
         scratch = [x.new_empty(x.shape[0], width) for width in self._widths]
         scratch[0].zero_()
-        addresses = (part.data_ptr() for part in (x, *scratch))
+        logits = x.new_empty(x.shape[0], self._weights.head.outputs, dtype=self._logits)
+        addresses = (part.data_ptr() for part in (x, *scratch, logits))
         args = FewRowsArgs(ctypes.pointer(step), self._team, pool.stride(1), *addresses)
         self._library.few_rows(ctypes.byref(self._weights), ctypes.byref(args))
-        return scratch[-1]
+        return logits
 
 
 def _weights(layer: DecoderLayer) -> LayerWeights:

@@ -34,12 +34,13 @@ class GroupedLinear:
         packed: PackedLinear,
         library: ctypes.CDLL,
         parallel: int | None,
+        dtype: torch.dtype,
     ) -> None:
         self._packed, self._library, self._parallel = packed, library, parallel
         self._outputs, self._inputs = weight.codes.shape
         self._arrays = (weight.stored(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets), bias)
         self._addresses = [None if array is None else array.data_ptr() for array in self._arrays]
-        self._bits = weight.bits
+        self._bits, self.dtype = weight.bits, dtype
 
     def rows(self, count: int) -> int:
         """How many rows it computes for `count`."""
@@ -47,13 +48,14 @@ class GroupedLinear:
 
     def args(self, x: int | None = None, y: int | None = None, rows: int = 0) -> GroupedArgs:
         """The call's argument for `rows` rows at address `x`, with the result at `y`."""
-        return GroupedArgs(*self._addresses, x, y, rows, self._inputs, self._outputs, self._bits)
+        shape = (rows, self._inputs, self._outputs, self._bits)
+        return GroupedArgs(*self._addresses, x, y, *shape, self.dtype == torch.float32)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > FEW:
             return self._packed(x)
         x = x.contiguous()
-        y = x.new_empty(x.shape[0], self._outputs)
+        y = x.new_empty(x.shape[0], self._outputs, dtype=self.dtype)
         args = self.args(x.data_ptr(), y.data_ptr(), x.shape[0])
         self._library.grouped_linear(ctypes.byref(args), self._parallel, torch.get_num_threads())
         return y

@@ -87,10 +87,18 @@ class Kernels(Protocol):
 
     name: str
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
+    def linear(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        grouped: GroupedWeight | None = None,
+        *,
+        is_head: bool = False,
+    ) -> Linear:
         """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it.
 
-        `grouped` is the same weight before it was rounded to `weight`'s type, where a quantised file has it.
+        `grouped` is the same weight before it was rounded to `weight`'s type, where a quantised file has it. The
+        results are of `weight`'s type, or with `is_head` in float32 where that costs nothing: logits lie close.
         """
         ...
 

@@ -29,8 +29,9 @@ typedef struct {
     const float *scales, *offsets; /* [out, in / GROUP] */
     const elem *bias;              /* [out], or NULL */
     const elem *x;                 /* [rows, in] */
-    elem *y;                       /* [rows, out] */
+    void *y;                       /* [rows, out] elem, or float */
     int64_t rows, in, out, bits;
+    int64_t is_float;              /* y is: nothing is rounded */
 } grouped_args;
 
 void add_norm(elem *x, const elem *delta, const elem *weight, elem *out, int64_t rows, int64_t width, float eps,

@@ -37,7 +37,14 @@ class ReferenceKernels:
 
     name = "reference"
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None, grouped: GroupedWeight | None = None) -> Linear:
+    def linear(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        grouped: GroupedWeight | None = None,
+        *,
+        is_head: bool = False,
+    ) -> Linear:
         """Unpacked matrix product."""
         return lambda x: F.linear(x, weight, bias)
 

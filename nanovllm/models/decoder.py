@@ -57,7 +57,7 @@ class DecoderModel:
         self.final_norm = reader.tensor("model.norm.weight")  # [hidden]
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         head = self.embedding if config.tie_word_embeddings else reader.tensor(name)
-        self.head = kernels.linear(head, None, source.grouped(name))  # [M, hidden] -> [M, vocab]
+        self.head = kernels.linear(head, None, source.grouped(name), is_head=True)  # [M, hidden] -> [M, vocab]
         self.whole = kernels.whole(self.layers, self.final_norm, self.head, config.rms_norm_eps)
         self.inv_freq = config.inv_freq().to(device)  # [D / 2]
         self.geometry = AttentionGeometry(

@@ -167,5 +167,6 @@ def test_closed_and_full_streams_are_told_in_a_sentence(redirection: str, code: 
 
 @pytest.mark.model
 def test_the_default_model_answers(command: Run, smollm2_path: Path) -> None:
-    document = json.loads(command("run", "smollm2", "What is the capital of France?", "--json").stdout)
+    question = ("What is the capital of France?", "--dtype", "float32")  # in bfloat16 two first words all but tie
+    document = json.loads(command("run", "smollm2", *question, "--json").stdout)
     assert "Paris" in document["text"] and document["finish_reason"] == "stop"

@@ -534,7 +534,7 @@ class TieredMachine(RuleBasedStateMachine):
         for state_id in self.pins:
             self.b.store.unpin(state_id)
         for _ in range(400):
-            if not self.live:
+            if not self.live and not self.asked:
                 break
             self.step(1)
         assert not self.live and self.asked == 0

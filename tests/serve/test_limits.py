@@ -29,6 +29,7 @@ def text(**more: Any) -> dict[str, Any]:
 FEW = {
     "body_bytes": 400, "header_bytes": 1024, "json_depth": 7, "messages": 2, "prompts": 2, "n": 2, "stop": 1,
     "stop_bytes": 3, "stop_ids": 1, "logit_bias": 1, "logprobs": 1, "schema_bytes": 40, "schema_depth": 2, "tools": 1,
+    "knowledge": 1,
 }  # fmt: skip
 # limit -> (path, body within, body beyond, the field that is named, status)
 Case = tuple[str, dict[str, Any], dict[str, Any], str | None, int]
@@ -58,6 +59,7 @@ CASES: dict[str, Case] = {
         400,
     ),
     "tools": (CHAT, tools(1), tools(2), "tools", 400),
+    "knowledge": (CHAT, {"messages": HI, "knowledge": []}, {"messages": HI, "knowledge": ["a", "b"]}, "knowledge", 400),
 }
 
 

@@ -80,7 +80,8 @@ cache).
 def _converse(answers: Answers, system: str | None, quiet: bool) -> None:
     """Read lines until one ends the conversation."""
     talk = Conversation(answers, system, quiet=quiet)
-    note(answers.opening() or "", quiet=quiet or answers.opening() is None)
+    opening = None if quiet else answers.opening()
+    note(opening or "", quiet=opening is None)
     note(HELP, quiet=quiet or not sys.stdin.isatty())
     for line in _lines():
         if not talk.take(line):

@@ -124,8 +124,6 @@ def _begin(store: StateStore, call: StateCall, arguments: dict[str, Any], answer
 def _apply(store: StateStore, verb: str, arguments: dict[str, Any]) -> Any:
     if verb not in RESULTS:
         raise InvalidRequestError(f"There is no call {verb!r:.60} on state.", param="verb")
-    if verb == "drop":
-        arguments.setdefault("wait", False)
     return getattr(store, verb)(**arguments)
 
 

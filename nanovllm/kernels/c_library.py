@@ -53,7 +53,7 @@ ADDRESS, COUNT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class StepArgs(ctypes.Structure):
-    """`step_args` of kernels.c, field by field."""
+    """`step_args` of kernels.h, field by field."""
 
     _fields_ = (
         *((name, COUNT) for name in ("num_tokens", "num_decodes", "num_units", "heads", "kv_heads", "dim")),
@@ -69,7 +69,7 @@ class StepArgs(ctypes.Structure):
 
 
 class GroupedArgs(ctypes.Structure):
-    """`grouped_args` of grouped.c, field by field."""
+    """`grouped_args` of kernels.h, field by field."""
 
     _fields_ = (
         *((name, ADDRESS) for name in ("codes", "scales", "offsets", "bias", "x", "y")),

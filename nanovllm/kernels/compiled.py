@@ -3,9 +3,10 @@
 What it is: norms, SiLU, rotation with KV writes, and attention that reads blocks in place:
 units of keys for sequences of one query, tiles of queries for chunks of a prompt. Where a
 processor multiplies matrices (AMX), long chunks in bfloat16 attend in torch, which uses it.
-What it knows nothing about: compilers. Invariants: threads are torch's, as many as torch uses; a
-token's result depends on the tokens before it, never on its neighbours in the step, on how
-its prompt was cut into chunks or on the number of threads.
+What it knows nothing about: compilers. Invariants: threads are torch's, as many as torch uses (but
+see few_rows.py); what a token attends to depends on the tokens before it, never on its neighbours
+in the step, on how its prompt was cut into chunks or on the number of threads. In float32 that
+holds for the linears, too; in bfloat16 few rows may meet grouped weights, more the rounded ones.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ from nanovllm.kernels.compiled_plan import CompiledPlan
 from nanovllm.kernels.cpu import CpuKernels
 from nanovllm.kernels.few_rows import FewRows, can_take
 from nanovllm.kernels.grouped_linear import GroupedLinear, can_group
-from nanovllm.kernels.grouped_weight import GroupedWeight
-from nanovllm.kernels.interface import AttentionGeometry, AttentionPlan, DecoderLayer, Linear, StepLayout, WholeDecoder
+from nanovllm.kernels.interface import (
+    AttentionGeometry,
+    AttentionPlan,
+    DecoderLayer,
+    Grouped,
+    Linear,
+    StepLayout,
+    WholeDecoder,
+)
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 
@@ -45,18 +53,19 @@ class CompiledKernels(CpuKernels):
         self,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        grouped: GroupedWeight | None = None,
+        grouped: Grouped | None = None,
         *,
         is_head: bool = False,
     ) -> Linear:
         """Few rows in bfloat16 are computed from the groups of a quantised file, where there are any."""
         packed = super().linear(weight, bias)
-        if not isinstance(packed, PackedLinear) or weight.dtype != torch.bfloat16:
+        if not isinstance(packed, PackedLinear) or weight.dtype != torch.bfloat16 or grouped is None:
             return packed
-        if grouped is None or not can_group(grouped):
+        groups = grouped()
+        if groups is None or not can_group(groups):
             return packed
         dtype = torch.float32 if is_head else weight.dtype
-        return GroupedLinear(grouped, bias, packed, self._libraries[weight.dtype], self._parallel, dtype)
+        return GroupedLinear(groups, bias, packed, self._libraries[weight.dtype], self._parallel, dtype)
 
     def whole(
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.grouped_linear import GroupedLinear
-from nanovllm.kernels.grouped_weight import GroupedWeight
-from nanovllm.kernels.interface import Linear
+from nanovllm.kernels.interface import Grouped, Linear
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedKernels
 from nanovllm.kernels.reference import ReferenceKernels
@@ -27,7 +26,7 @@ class CpuKernels(PagedKernels):
         self,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        grouped: GroupedWeight | None = None,
+        grouped: Grouped | None = None,
         *,
         is_head: bool = False,
     ) -> Linear:

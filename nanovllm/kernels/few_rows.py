@@ -2,12 +2,13 @@
 
 What it is: the tables of addresses that the call walks through. What it knows nothing about: sequences, where
 weights come from. Invariants: the operations, their order and their functions are those of models/decoder.py, so
-that a step computed either way has the same bits; it holds no state of any request.
+that a step computed either way has the same bits; its team serves one call at a time, as an engine makes them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -68,7 +69,7 @@ class FewRows:
         self._team = library.team_open(torch.get_num_threads() - 1)
         if self._team is None:
             raise MemoryError("no memory for threads")
-        weakref.finalize(self, library.team_close, self._team)
+        weakref.finalize(self, _close, library, self._team, os.getpid()).atexit = False
         self._tables = (LayerWeights * len(layers))(*map(_weights, layers))
         head_args = _args(head)
         self._weights = DecoderWeights(
@@ -96,6 +97,13 @@ class FewRows:
         args = FewRowsArgs(ctypes.pointer(step), self._team, pool.stride(1), *addresses)
         self._library.few_rows(ctypes.byref(self._weights), ctypes.byref(args))
         return logits
+
+
+def _close(library: ctypes.CDLL, team: int, opened_in: int) -> None:
+    """Not at exit, when an engine's thread may be in a call: the threads end with the process. Not in a forked
+    child, which has none of them."""
+    if os.getpid() == opened_in:
+        library.team_close(team)
 
 
 def _weights(layer: DecoderLayer) -> LayerWeights:

@@ -27,7 +27,6 @@ INLINE vec floats_at(const float *p) {
 }
 
 #if defined(BFLOAT16) && defined(__AVX512BF16__)
-#include <immintrin.h>
 
 /* Codes below 256 and halves of them are exact in bfloat16, which the processor multiplies in pairs: the dots of codes
  * and x, group by group, times the scales; and the offsets times the sums of x's groups. */

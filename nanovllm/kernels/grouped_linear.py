@@ -57,5 +57,7 @@ class GroupedLinear:
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self._outputs, dtype=self.dtype)
         args = self.args(x.data_ptr(), y.data_ptr(), x.shape[0])
+        if not len(x):  # a step in which no row samples
+            return y
         self._library.grouped_linear(ctypes.byref(args), self._parallel, torch.get_num_threads())
         return y

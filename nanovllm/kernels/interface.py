@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from nanovllm.kernels.grouped_weight import GroupedWeight
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Grouped = Callable[[], GroupedWeight | None]  # asked for where it is used: taking it apart costs time and memory
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ class Kernels(Protocol):
         self,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        grouped: GroupedWeight | None = None,
+        grouped: Grouped | None = None,
         *,
         is_head: bool = False,
     ) -> Linear:
         """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it.
 
-        `grouped` is the same weight before it was rounded to `weight`'s type, where a quantised file has it. The
-        results are of `weight`'s type, or with `is_head` in float32 where that costs nothing: logits lie close.
+        `grouped` gives the same weight before it was rounded to `weight`'s type, where a quantised file has it. The
+        results are of `weight`'s type, or with `is_head` in float32 for as many rows as come so for nothing.
         """
         ...
 

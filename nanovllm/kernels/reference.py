@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import (
     AttentionGeometry,
     AttentionPlan,
     DecoderLayer,
+    Grouped,
     Linear,
     StepLayout,
     WholeDecoder,
@@ -41,7 +41,7 @@ class ReferenceKernels:
         self,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        grouped: GroupedWeight | None = None,
+        grouped: Grouped | None = None,
         *,
         is_head: bool = False,
     ) -> Linear:

@@ -35,8 +35,11 @@ class WeightReader:
         """One linear of the weights `parts` stacked along their outputs."""
         weight = torch.cat([self.tensor(f"{prefix}.{part}.weight") for part in parts])
         stacked_bias = torch.cat([self.tensor(f"{prefix}.{part}.bias") for part in parts]) if bias else None
-        grouped = GroupedWeight.stacked([self.source.grouped(f"{prefix}.{part}.weight") for part in parts])
-        return self.kernels.linear(weight, stacked_bias, grouped)
+        return self.kernels.linear(weight, stacked_bias, lambda: self.grouped([f"{prefix}.{p}.weight" for p in parts]))
+
+    def grouped(self, names: list[str]) -> GroupedWeight | None:
+        """The weights `names`, stacked, as a quantised file has them; None where one of them is none or another."""
+        return GroupedWeight.stacked([self.source.grouped(name) for name in names])
 
 
 class DecoderModel:
@@ -57,7 +60,7 @@ class DecoderModel:
         self.final_norm = reader.tensor("model.norm.weight")  # [hidden]
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         head = self.embedding if config.tie_word_embeddings else reader.tensor(name)
-        self.head = kernels.linear(head, None, source.grouped(name), is_head=True)  # [M, hidden] -> [M, vocab]
+        self.head = kernels.linear(head, None, lambda: source.grouped(name), is_head=True)  # [M, hidden] -> [M, vocab]
         self.whole = kernels.whole(self.layers, self.final_norm, self.head, config.rms_norm_eps)
         self.inv_freq = config.inv_freq().to(device)  # [D / 2]
         self.geometry = AttentionGeometry(

@@ -79,12 +79,13 @@ class Catalog:
         self._own(obj)
         return self._take_name(obj)
 
-    def change(self, old: StateObject, new: StateObject) -> None:
-        """The same object in its next generation."""
+    def change(self, old: StateObject, new: StateObject) -> list[bytes]:
+        """The same object in its next generation; the keys that only the old one owned."""
         self._bytes[new.namespace] += new.payload_bytes - old.payload_bytes
-        self._disown(old)
+        alone = self._disown(old)
         self.objects[new.state_id] = new
         self._own(new)
+        return [key for key in alone if key not in self._owners]
 
     def remove(self, obj: StateObject) -> list[bytes]:
         """Strike it out; the keys that only it owned."""

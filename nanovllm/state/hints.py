@@ -75,7 +75,7 @@ class Hints:
         """A new record displaces the one that would expire first."""
         hints = [o for o in self.plane.catalog.objects.values() if o.is_hint and o.namespace == namespace]
         if len(hints) >= self.plane.settings.hints_per_namespace:
-            self.naming.drop(min(hints, key=lambda o: o.expires_ms or 0), "too many sessions", wait=False)
+            self.naming.drop_soon(min(hints, key=lambda o: o.expires_ms or 0), "too many sessions")
 
 
 def name_of(session: str) -> str:

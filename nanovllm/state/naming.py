@@ -36,7 +36,7 @@ from nanovllm.state.payload import decode, default_kind, object_of, payload_of
 from nanovllm.state.plane import Plane
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
-from nanovllm.state.steps import Steps
+from nanovllm.state.steps import Steps, begin
 from nanovllm.state.storing import Pending, Storing
 
 SECOND_MS = 1_000
@@ -51,7 +51,7 @@ class Naming:
     let_go: Callable[[str], None] = field(default=lambda state_id: None)  # ends the claims of an object that goes
 
     def __post_init__(self) -> None:
-        self.storing = Storing(self.plane, self.reclaim, lambda obj, reason: self.drop(obj, reason, wait=False))
+        self.storing = Storing(self.plane, self.reclaim, self.drop_soon)
 
     def put(self, obj: Storable, metadata: Metadata) -> Steps[StateId]:
         """Keep an object under a new id. Raises as `begin_put`, and StateRefusedError."""
@@ -166,23 +166,37 @@ class Naming:
         chain = obj.chain if obj.is_hint else None
         return (yield from self.storing.steps(self.storing.begin(Pending("fork", started, new, chain=chain), payload)))
 
-    def drop(self, obj: StateObject, reason: str, *, wait: bool = True) -> Receipt:
-        """Out of every tier: its text, and the blocks that only it owned. Without `wait`, on its way out."""
+    def drop(self, obj: StateObject, reason: str) -> Steps[Receipt]:
+        """Out of every tier: its text, and the blocks that only it owned. Nothing can find them from the first step
+        on; the receipt comes when they are gone."""
         started = self.plane.clock.now_ns()
         self.let_go(obj.state_id)
         keys = self.plane.catalog.remove(obj)
-        size, failed = self.plane.forget(keys, scrub=True, wait=wait)
+        size, removals = self.plane.forget(keys, scrub=True)
         self.plane.rekind(obj.chain)
-        device = self.plane.device
-        in_use = [key for key in obj.chain if key in set(keys) and device and device.holds(key)]
-        kept = [key for key in in_use if device is not None and not device.discard(key)]
+        kept = self._discard(obj.chain, keys)
+        yield from removals.values()
+        failed = [name for name, removal in removals.items() if not removal.ok]
         detail = {"keys": len(keys), "blocks_in_use": len(kept)}
         if kept:
-            self.plane.owed.setdefault("device", set()).update(kept)
             reason += f"; {len(kept)} blocks go when the sequences that run on them end"
         if failed:
             reason += f"; not yet removed from {', '.join(failed)}: it will be tried again"
         return self.plane.receipt("drop", started, not failed, reason, obj=obj, size_bytes=size, detail=detail)
+
+    def drop_soon(self, obj: StateObject, reason: str) -> None:
+        """As `drop`, for whom nobody waits."""
+        begin(self.drop(obj, reason), lambda receipt, error: None)
+
+    def _discard(self, chain: Sequence[bytes], keys: Sequence[bytes]) -> list[bytes]:
+        """Take those of `keys` out of the pool; the ones that somebody runs on go when that ends."""
+        device, gone = self.plane.device, set(keys)
+        if device is None:
+            return []
+        kept = [key for key in chain if key in gone and device.holds(key) and not device.discard(key)]
+        if kept:
+            self.plane.owed.setdefault("device", set()).update(kept)
+        return kept
 
     def _fastest(self, digest: bytes) -> str | None:
         if self.plane.device is not None and self.plane.device.holds(digest):

@@ -182,17 +182,23 @@ class Plane:
                     return transfer.result[0], place.name
         return None, ""
 
-    def forget(self, keys: Sequence[bytes], *, scrub: bool, wait: bool = True) -> tuple[int, list[str]]:
-        """Remove bytes from every tier; bytes that were there, and, with `wait`, the tiers that failed."""
+    def forget(self, keys: Sequence[bytes], *, scrub: bool) -> tuple[int, dict[str, Transfer]]:
+        """Begin to remove bytes from every tier; how many were there, and each tier's removal."""
         gone = [entry for key in keys if (entry := self.catalog.entries.pop(key, None)) is not None]
         size = sum(entry.size_bytes * len(entry.tiers) for entry in gone)
-        transfers = []
+        removals = {}
         for place in self.places.values():
             for entry in gone:
                 place.leave(entry, by_policy=False)
             if keys:
-                transfers.append((place.name, self._remove(place, keys, scrub=scrub)))
-        return size, [name for name, transfer in transfers if wait and not self.mover.wait(transfer).ok]
+                removals[place.name] = self._remove(place, keys, scrub=scrub)
+        return size, removals
+
+    def abandon(self, keys: Sequence[bytes]) -> None:
+        """What an object owned alone and owns no more goes, so that dropping the object leaves nothing of it."""
+        self.forget(keys, scrub=True)
+        if self.device is not None:
+            self.owed.setdefault("device", set()).update(keys)
 
     def evict(self, place: Place, entry: Entry) -> None:
         """The policy's choice goes from one tier; `flush` tells the tier, once for all that went."""
@@ -212,8 +218,8 @@ class Plane:
     def pay_debts(self) -> None:
         """Try again what tiers did not remove."""
         if self.device is not None and self.owed.get("device"):
-            kept = {key for key in self.owed["device"] if self.device.holds(key) and not self.device.discard(key)}
-            self.owed["device"] = kept
+            wanted = {key for key in self.owed["device"] if not self.catalog.owners(key)}
+            self.owed["device"] = {key for key in wanted if self.device.holds(key) and not self.device.discard(key)}
         for name, place in self.places.items():
             keys = self.owed.get(name, set())
             if keys and place.writes.state != "open":

@@ -58,7 +58,7 @@ def _restore_objects(plane: Plane, found: dict[str, list[Found]], warnings: list
                 warnings.append(f"A record in {name} is not one of this version; it is left alone.")
                 continue
             old = newest.get(obj.state_id)
-            if old is not None and old[0].generation >= obj.generation:
+            if old is not None and old[0].payload_key >= obj.payload_key:
                 stale.append((name, each.label.key))
                 continue
             if old is not None:

@@ -190,13 +190,13 @@ class StateStore:
         """A second object that begins as the first; it shares its KV and goes its own way."""
         return self._wait(self._verbs.fork(state_id, metadata, namespace))
 
-    def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked", *, wait: bool = True) -> Receipt:
+    def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Receipt:
         """Out of every tier: the text, and the KV that only this object owned.
 
-        Engine: without `wait` nothing can be found any more, and the bytes are on their way out; what a tier
-        fails to remove is tried again by `tick`.
+        Nothing can be found from the call on; the receipt comes when the bytes are gone. What a tier fails to
+        remove makes it a refusal, and is tried again by `tick`.
         """
-        return self._naming.drop(self._verbs.own(state_id, namespace), reason, wait=wait)
+        return self._wait(self._verbs.drop(state_id, namespace, reason))
 
     def export(self, state_id: str, namespace: str | None = None) -> bytes:
         """The object and its KV as one verified bundle."""
@@ -337,7 +337,7 @@ class StateStore:
         if now - self._swept_ms >= SWEEP_MS:
             self._swept_ms = now
             for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
-                self._naming.drop(obj, "expired", wait=False)
+                self._naming.drop_soon(obj, "expired")
         if self._residency.is_changed:
             self._residency.is_changed = not self._learned.note(PINS)
         self._learned.rest(is_idle=False)

@@ -9,6 +9,7 @@ is under way share the next group commit (`plane.write`).
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class Storing:
             self._refuse(pending, transfer.reason)
             return
         if pending.old is not None and pending.old.state_id not in self.plane.catalog.objects:
-            self.plane.forget([entry.key], scrub=True, wait=False)
+            self.plane.forget([entry.key], scrub=True)
             self._refuse(pending, "it was dropped meanwhile", StateNotFoundError("The state was dropped meanwhile."))
             return
         self._copy_to_faster(entry, sealed, home)
@@ -116,8 +117,10 @@ class Storing:
         if pending.old is None:
             displaced = self.plane.catalog.add(new)
         else:
-            self.plane.catalog.change(pending.old, new)
-            self.plane.forget([pending.old.payload_key], scrub=True, wait=False)
+            alone = self.plane.catalog.change(pending.old, new)
+            self.plane.forget([pending.old.payload_key], scrub=True)
+            if not new.is_hint:  # a hint's blocks were anybody's before, and are again
+                self.plane.abandon(alone)
             self.plane.rekind(pending.old.chain)
         self.plane.rekind(new.chain)
         pending.receipt = self.plane.receipt(
@@ -212,8 +215,12 @@ class Storing:
 
 
 def payload_key(state_id: str, generation: int) -> bytes:
-    """Where an object's payload lies: 16 bytes of its id, its generation, and 8 that no digest chain makes."""
-    return bytes.fromhex(state_id) + generation.to_bytes(8, "big") + b"payload."
+    """Where an object's payload lies: 16 bytes of its id, its generation, and the moment.
+
+    Each attempt to write a generation has a key of its own: what a late one leaves is removed without touching the
+    one that was acknowledged, and of two that a crash left the later counts.
+    """
+    return bytes.fromhex(state_id) + generation.to_bytes(8, "big") + time.time_ns().to_bytes(8, "big")
 
 
 def payload_label(obj: StateObject) -> Label:

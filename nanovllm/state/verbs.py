@@ -23,7 +23,7 @@ from nanovllm.state.residency import Residency
 from nanovllm.state.steps import Steps
 
 Given = Metadata | Mapping[str, Any] | None
-LATER = ("get", "fork", "export", "import_", "pin", "migrate", "verify")
+LATER = ("get", "fork", "drop", "export", "import_", "pin", "migrate", "verify")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Verbs:
         obj = self.find(state_id, namespace)
         given = Metadata.of({"namespace": obj.namespace} if metadata is None else metadata)
         return self.naming.fork(obj, given)
+
+    def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Steps[Receipt]:
+        """Out of every tier."""
+        return self.naming.drop(self.own(state_id, namespace), reason)
 
     def export(self, state_id: str, namespace: str | None = None) -> Steps[bytes]:
         """One bundle."""
@@ -74,7 +78,7 @@ class Verbs:
         """The object of an id or name, if the caller may see it and it has not expired."""
         obj = self.plane.catalog.find(state_id, namespace, kind)
         if obj.expires_ms is not None and self.plane.wall_ms() >= obj.expires_ms:
-            self.naming.drop(obj, "expired", wait=False)
+            self.naming.drop_soon(obj, "expired")
             raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
         return obj
 

@@ -82,16 +82,17 @@ def test_the_product_is_that_of_the_restored_weight(
 def test_only_bfloat16_and_only_few_rows_use_the_groups() -> None:
     kernels, weight = CompiledKernels(), drawn(32, 128, 4)
     plain = weight.restored()
-    assert isinstance(kernels.linear(plain, None, weight), PackedLinear)
+    assert isinstance(kernels.linear(plain, None, lambda: weight), PackedLinear)
     odd = drawn(24, 128, 4)
     rounded = plain.bfloat16()
-    linear = kernels.linear(rounded, None, weight)
+    linear = kernels.linear(rounded, None, lambda: weight)
     if not isinstance(linear, GroupedLinear):
         return  # no bfloat16 products on this processor
-    assert not isinstance(kernels.linear(odd.restored().bfloat16(), None, odd), GroupedLinear)
+    assert not isinstance(kernels.linear(odd.restored().bfloat16(), None, lambda: odd), GroupedLinear)
     assert linear.rows(FEW) == FEW and linear.rows(FEW + 1) > FEW
     x = torch.randn(FEW + 1, 128).bfloat16()
     torch.testing.assert_close(linear(x)[:1], linear(x[:1]), rtol=0.02, atol=0.02)
+    assert linear(x[:0]).shape == (0, 32)  # a step in which no row samples
 
 
 def test_the_default_model_decodes_from_its_groups() -> None:

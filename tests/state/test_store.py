@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,9 @@ from nanovllm.state.kinds.table import COLUMNS, KIND_TABLE, table_rows
 from nanovllm.state.objects import KINDS, PUBLIC, Document, Session
 from nanovllm.state.settings import StateSettings
 from nanovllm.state.store import StateStore
+from nanovllm.state.tiers.disk import DiskTier
 from nanovllm.state.tiers.folder import Folder
+from nanovllm.state.tiers.host import HostTier
 from nanovllm.state.tiers.remote import RemoteTier
 from tests.state.fake_device import FakeDevice
 from tests.state.servers import needs_server, running_server
@@ -457,3 +462,67 @@ def test_a_folder_opened_read_only_is_read_and_nothing_else(tmp_path: Path) -> N
             store.put("more")
         assert not store.drop(state_id).ok
     assert before == sorted((file.name, file.stat().st_size) for file in (tmp_path / "state" / "texts").iterdir())
+
+
+def test_what_an_older_generation_alone_owned_goes_with_it(tmp_path: Path) -> None:
+    """Two turns that share no prefix: nothing of the first one's KV outlives it, in any tier."""
+    with StateStore([HostTier(1 << 18), DiskTier(tmp_path, 2 << 20)], settings=SETTINGS, model="m") as store:
+        first, second = list(range(40)), list(range(100, 140))
+        state_id = store.put(Session([{"role": "user", "content": "x"}], first), {"name": "talk"})
+        for tier in ("host", "disk"):
+            spill(store, blocks_for(store, first), tier)
+        store.settle()
+        store.update(state_id, Session([{"role": "user", "content": "y"}], second))
+        store.settle()
+        assert store.match(first).num_tokens == 0
+        store.drop(state_id)
+        assert not store.plane.catalog.entries
+
+
+def test_a_late_write_that_was_refused_takes_nothing_from_the_one_that_was_acknowledged(tmp_path: Path) -> None:
+    """The second attempt at a generation is on the disk, and stays there when the first one arrives after all."""
+    settings, may_write = replace(SETTINGS, write_deadline_ms=200.0), threading.Event()
+    store = StateStore([DiskTier(tmp_path, 2 << 20)], settings=settings, model="m")
+    state_id = store.put(Session([{"role": "user", "content": "one"}], [1]), {"name": "talk"})
+    tier = store.plane.places["disk"].tier
+    write, calls = tier.write, iter(range(9))
+
+    def slow(items: Any) -> Any:
+        if next(calls) == 0:
+            assert may_write.wait(30)
+        return write(items)
+
+    tier.write = slow  # type: ignore[method-assign]
+    with pytest.raises(StateRefusedError):
+        store.update(state_id, Session([{"role": "user", "content": "two"}], [1, 2]), generation=1)
+    may_write.set()
+    for _ in range(200):
+        try:
+            store.update(state_id, Session([{"role": "user", "content": "two again"}], [1, 2]), generation=1)
+            break
+        except StateRefusedError:
+            time.sleep(0.05)
+    for _ in range(20):
+        store.tick()
+        store.settle()
+    store.close()
+    with StateStore([DiskTier(tmp_path, 2 << 20)], settings=settings, model="m") as again:
+        kept = again.get(state_id)
+        assert isinstance(kept, Session) and kept.messages[0]["content"] == "two again" and not again.warnings
+
+
+def test_a_drop_that_nobody_waits_for_in_a_thread_is_told_when_the_bytes_are_gone(tmp_path: Path) -> None:
+    store = StateStore([DiskTier(tmp_path, 2 << 20)], settings=SETTINGS, model="m")
+    state_id, told = store.put("a secret", {"name": "s"}), []
+    may_drop = threading.Event()
+    tier = store.plane.places["disk"].tier
+    drop = tier.drop
+    tier.drop = lambda keys, **more: (may_drop.wait(30), drop(keys, **more))[1]  # type: ignore[method-assign,assignment]
+    store.later("drop", lambda result, error: told.append((result, error)), state_id=state_id)
+    store.poll()
+    assert not told and store.ls() == []  # cannot be found, and is not said to be gone
+    may_drop.set()
+    store.settle()
+    store.poll()
+    assert told[0][0].ok and not any(b"a secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    store.close()

@@ -56,8 +56,8 @@ class GroupedLinear:
             return self._packed(x)
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self._outputs, dtype=self.dtype)
-        args = self.args(x.data_ptr(), y.data_ptr(), x.shape[0])
         if not len(x):  # a step in which no row samples
             return y
+        args = self.args(x.data_ptr(), y.data_ptr(), x.shape[0])
         self._library.grouped_linear(ctypes.byref(args), self._parallel, torch.get_num_threads())
         return y

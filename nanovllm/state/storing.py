@@ -118,9 +118,8 @@ class Storing:
             displaced = self.plane.catalog.add(new)
         else:
             alone = self.plane.catalog.change(pending.old, new)
-            self.plane.forget([pending.old.payload_key], scrub=True)
-            if not new.is_hint:  # a hint's blocks were anybody's before, and are again
-                self.plane.abandon(alone)
+            # a hint's blocks were anybody's before, and are again
+            self.plane.abandon([pending.old.payload_key] if new.is_hint else alone)
             self.plane.rekind(pending.old.chain)
         self.plane.rekind(new.chain)
         pending.receipt = self.plane.receipt(

@@ -70,9 +70,13 @@ def chat_segments(
     passages: Iterable[Passage],
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    known: Sequence[int] = (),
     **variables: Any,
 ) -> list[Segment]:
     """The conversation with the documents in it: `system`, each `document NAME@VERSION`, `question`.
+
+    The question goes on in the `known` ids of a turn before, where that one had the same documents at the same place.
 
     Where it has no system message, the first document's own system text stands there. Raises
     InvalidRequestError where the model's template does not show the system message exactly once.
@@ -80,7 +84,8 @@ def chat_segments(
     ordered = in_order(passages)
     slot = unused_character([list(messages), list(tools or ()), variables, [p.system for p in ordered]])
     held = _with_slots(messages, ordered, slot)
-    pieces = tokenizer.encode_chat_around(slot, held, add_generation_prompt, tools, **variables)
+    texts = [passage.token_ids for passage in ordered]
+    pieces = tokenizer.encode_chat_around(slot, texts, held, add_generation_prompt, tools, known=known, **variables)
     if len(pieces) != len(ordered) + 1 or any(pieces[1:-1]):
         raise InvalidRequestError(
             "This model's chat template does not show the system message once: there is no place for knowledge.",

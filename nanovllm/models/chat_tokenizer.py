@@ -108,17 +108,25 @@ class ChatTokenizer(ABC):
     def encode_chat_around(
         self,
         slot: str,
+        inserts: Sequence[Sequence[int]],
         messages: Messages,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        known: Sequence[int] = (),
         **variables: Any,
     ) -> list[list[int]]:
-        """As `encode_chat`, cut at each `slot`, a character that the messages hold where something else will stand.
+        """As `encode_chat`, cut at each `slot`, a character that the messages hold where the `inserts` will stand.
 
-        Each piece is encoded by itself, so that its ids do not depend on what is put between them.
+        Each piece is encoded by itself, so that its ids do not depend on what is put between them. The last one begins
+        with the `known` ids of a prompt before, as in `extend_chat`, where that prompt had the same ids up to there.
         """
         text, sentinel = self._guarded(messages, add_generation_prompt, tools, variables)
-        return [self._encode_guarded(piece, sentinel) for piece in text.split(slot)]
+        *before, last = text.split(slot)
+        pieces = [self._encode_guarded(piece, sentinel) for piece in before]
+        front = [i for part in zip(pieces, inserts, strict=False) for ids in part for i in ids]
+        rest = known[len(front) :] if [*known[: len(front)]] == front else ()
+        return [*pieces, self._extended(rest, last, sentinel)]
 
     def extend_chat(
         self,
@@ -134,6 +142,15 @@ class ChatTokenizer(ABC):
         computed for them is found. Without `known`, or where they spell something else, equal to `encode_chat`.
         """
         text, sentinel = self._guarded(messages, add_generation_prompt, tools, variables)
+        return self._extended(known, text, sentinel)
+
+    def count_content_tokens(self, messages: Messages) -> int:
+        """Tokens of the bare contents, so that a caller can show what the template adds."""
+        check_messages(messages)
+        return sum(len(self.encode(text, parse_special=False, add_bos=False)) for text in _contents(messages))
+
+    def _extended(self, known: Sequence[int], text: str, sentinel: str) -> list[int]:
+        """Ids of guarded text, beginning with those of `known` that spell it."""
         spellings = {token_id: spelling for spelling, token_id in self.special_tokens.items()}
         decode = partial(self.decode, skip_special_tokens=False)
         kept, at = spelled_prefix(
@@ -142,11 +159,6 @@ class ChatTokenizer(ABC):
         before = spellings.get(known[kept - 1], "") if kept else ""
         rest = self._encode_guarded(before + text[at:], sentinel)
         return [*known[:kept], *(rest[1:] if before else rest)]
-
-    def count_content_tokens(self, messages: Messages) -> int:
-        """Tokens of the bare contents, so that a caller can show what the template adds."""
-        check_messages(messages)
-        return sum(len(self.encode(text, parse_special=False, add_bos=False)) for text in _contents(messages))
 
     def _guarded(
         self,

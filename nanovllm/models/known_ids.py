@@ -3,7 +3,7 @@
 What it is: a walk along known ids and a rendered text at once. What it knows nothing about: templates, messages,
 how text becomes ids. Invariants: the ids that are kept spell exactly the text that is passed over, a control
 token only where the template wrote one; they end beside a control token, so that what follows is tokenized as if
-it stood alone.
+it stood alone: an answer that ended on another control token than the template writes keeps its own ids up to there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def spelled_prefix(
         if found is None:
             break
         at = found
-        if is_special or (end == len(ids) and _begins_special(text, at, pattern, sentinel)):
+        if is_special or _begins_special(text, at, pattern, sentinel):
             kept = end, at
     return kept
 

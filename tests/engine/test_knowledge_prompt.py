@@ -76,6 +76,26 @@ def test_a_documents_ids_are_its_own_whatever_stands_beside_it(
     assert (spans[0].start, spans[-1].end) == (0, len(ids_of(segments)))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=3), TEXTS, TEXTS)
+def test_a_turn_with_the_same_documents_goes_on_in_its_own_tokens(
+    tokenizer: ChatTokenizer, documents: list[str], answer: str, question: str
+) -> None:
+    passages = [passage_of(tokenizer, Document(text), f"d{i}") for i, text in enumerate(documents)]
+    prompt = ids_of(chat_segments(tokenizer, ASK, passages))
+    made = [i for letter in answer for i in tokenizer.encode(letter, parse_special=False, add_bos=False)]
+    known = [*prompt, *made, tokenizer.special_tokens["<|im_end|>"]]
+    history = [*ASK, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    fresh, segments = (
+        chat_segments(tokenizer, history, passages),
+        chat_segments(tokenizer, history, passages, known=known),
+    )
+    assert ids_of(segments)[: len(known)] == known and segments[:-1] == fresh[:-1]
+    assert tokenizer.decode(ids_of(segments), False) == tokenizer.decode(ids_of(fresh), False)
+    other = [*passages, passage_of(tokenizer, Document("One more."), "a")]
+    assert chat_segments(tokenizer, history, other, known=known) == chat_segments(tokenizer, history, other)
+
+
 def test_the_path_of_an_upload_begins_every_prompt_that_says_nothing_else_first(tokenizer: ChatTokenizer) -> None:
     document, path = path_of(tokenizer, Document("The library opens at 8.", (), "Be short."), "lib@1", 256)
     assert [s.name for s in path] == ["system", "document lib@1"] and ids_of(path) == document.token_ids

@@ -83,6 +83,26 @@ def test_a_history_is_extended(
 
 
 @settings(max_examples=50, deadline=None)
+@given(messages=MESSAGES, answer=PIECES, more=PIECES)
+def test_an_answer_keeps_its_tokens_as_far_as_the_template_writes_them(
+    tokenizer: ChatTokenizer, messages: list[dict[str, Any]], answer: str, more: str
+) -> None:
+    """It ended on another control token than the template's; or had one within, which its text does not show."""
+    stop = next(
+        tokenizer.special_tokens[name] for name in ("<|endoftext|>", "<|bos|>") if name in tokenizer.special_tokens
+    )
+    cut = answered(tokenizer, messages, answer)[:-1]
+    history = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": "?"}]
+    found = tokenizer.extend_chat([*cut, stop], history)
+    assert found[: len(cut)] == cut and found == tokenizer.extend_chat(cut, history)
+    history[-2] = {"role": "assistant", "content": answer + more}
+    known = [*cut, stop, *cut_otherwise(tokenizer, more), tokenizer.special_tokens["<|im_end|>"]]
+    found, fresh = tokenizer.extend_chat(known, history), tokenizer.encode_chat(history)
+    assert spelt(tokenizer, found) == spelt(tokenizer, fresh)
+    assert [i for i in found if i in tokenizer.special_ids] == [i for i in fresh if i in tokenizer.special_ids]
+
+
+@settings(max_examples=50, deadline=None)
 @given(messages=MESSAGES, text=PLAIN)
 def test_a_forged_control_token_is_never_kept_as_one(
     tokenizer: ChatTokenizer, messages: list[dict[str, Any]], text: str

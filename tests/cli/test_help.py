@@ -198,8 +198,8 @@ def test_verbs(command: Run) -> None:
 
 
 @pytest.mark.parametrize("verb", SNAPSHOT)
-def test_flags(command: Run, verb: str) -> None:
-    done = command(*verb.split(), "--help", COLUMNS="80")  # the narrowest usual terminal cuts no name
+def test_flags(nanovllm: Run, verb: str) -> None:
+    done = nanovllm(*verb.split(), "--help", COLUMNS="80")  # the narrowest usual terminal cuts no name
     assert options(done.stdout) == SNAPSHOT[verb]
     assert "Examples:" in done.stdout and f"nanovllm {verb}" in done.stdout
 

@@ -52,8 +52,8 @@ def test_a_recorded_command_can_be_repeated(command: Run, runs: Path, tmp_path: 
     assert (tmp_path / "again.jsonl").read_bytes() == (runs / "sjf.jsonl").read_bytes()
 
 
-def test_show_prints_every_request_and_every_figure_with_its_label(command: Run, runs: Path) -> None:
-    done = command("trace", "show", str(runs / "fcfs.jsonl"), "--slo", "ttft:1000")
+def test_show_prints_every_request_and_every_figure_with_its_label(nanovllm: Run, runs: Path) -> None:
+    done = nanovllm("trace", "show", str(runs / "fcfs.jsonl"), "--slo", "ttft:1000")
     assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout
     for name in [f"s{i}-t0" for i in range(8)]:
         assert re.search(rf"^{name} +\d+ .* output_complete", done.stdout, re.MULTILINE)
@@ -94,8 +94,8 @@ def read_all_of(terminal: int) -> str:
             return seen.decode()
 
 
-def test_show_as_json_says_the_same(command: Run, runs: Path) -> None:
-    found = one(command("trace", "show", str(runs / "fcfs.jsonl"), "--slo", "ttft:1000", "--json").stdout)
+def test_show_as_json_says_the_same(nanovllm: Run, runs: Path) -> None:
+    found = one(nanovllm("trace", "show", str(runs / "fcfs.jsonl"), "--slo", "ttft:1000", "--json").stdout)
     assert found["label"] == "simulated" and len(found["paths"]) == 8
     assert found["goodput"]["requests"] == sum(path["ttft_ns"] <= 1000e6 for path in found["paths"]) > 0
     for path in found["paths"]:
@@ -103,8 +103,8 @@ def test_show_as_json_says_the_same(command: Run, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_a_path_shows_its_terms_and_that_they_add_up(command: Run, runs: Path, lang: str) -> None:
-    done = command("trace", "show", str(runs / "fcfs.jsonl"), "--request", "s3-t0", "--lang", lang)
+def test_a_path_shows_its_terms_and_that_they_add_up(nanovllm: Run, runs: Path, lang: str) -> None:
+    done = nanovllm("trace", "show", str(runs / "fcfs.jsonl"), "--request", "s3-t0", "--lang", lang)
     for term in ("TTFT", *TERMS, "decode", "end to end"):
         assert re.search(rf"^ *{term} +[\d,.]+ ms  simulated", done.stdout, re.MULTILINE), term
     stages = re.findall(r" ms  simulated  record \d+ +([a-z_]+)", done.stdout)
@@ -112,41 +112,41 @@ def test_a_path_shows_its_terms_and_that_they_add_up(command: Run, runs: Path, l
     assert ("checked: TTFT" if lang == "en" else "已核对：TTFT") in done.stdout
 
 
-def test_diagnose_names_cause_evidence_and_refutation(command: Run, runs: Path) -> None:
+def test_diagnose_names_cause_evidence_and_refutation(nanovllm: Run, runs: Path) -> None:
     file = runs / "fcfs.jsonl"
-    text = command("trace", "diagnose", str(file)).stdout
-    found = one(command("trace", "diagnose", str(file), "--json").stdout)
+    text = nanovllm("trace", "diagnose", str(file)).stdout
+    found = one(nanovllm("trace", "diagnose", str(file), "--json").stdout)
     named = [cause for cause in found["causes"] if cause["is_named"]]
     assert named and found["verdict"] in text.splitlines()[0]
     for cause in named:
         assert f"{cause['class']}/{cause['cause']} (simulated)" in text
         assert all(f"record {row['record']} explains" in text for row in cause["evidence"])
     assert text.count("would refute it:") == len(named)
-    chinese = command("trace", "diagnose", str(file), "--lang", "zh").stdout
+    chinese = nanovllm("trace", "diagnose", str(file), "--lang", "zh").stdout
     assert chinese.count("可否定它的实验：") == len(named) and "record" not in chinese
 
 
-def test_diagnose_one_request_and_one_window(command: Run, runs: Path) -> None:
+def test_diagnose_one_request_and_one_window(nanovllm: Run, runs: Path) -> None:
     file = str(runs / "fcfs.jsonl")
-    assert "request s3-t0" in command("trace", "diagnose", file, "--request", "s3-t0").stdout
-    window = one(command("trace", "diagnose", file, "--from", "0.1", "--to", "0.2", "--json").stdout)
+    assert "request s3-t0" in nanovllm("trace", "diagnose", file, "--request", "s3-t0").stdout
+    window = one(nanovllm("trace", "diagnose", file, "--from", "0.1", "--to", "0.2", "--json").stdout)
     assert window["scope"] == {"request": None, "from_ns": 100_000_000, "to_ns": 200_000_000}
 
 
-def test_compare_sets_two_policies_side_by_side(command: Run, runs: Path) -> None:
+def test_compare_sets_two_policies_side_by_side(nanovllm: Run, runs: Path) -> None:
     files = [str(runs / f"{policy}.jsonl") for policy in ("fcfs", "sjf")]
-    done = command("trace", "compare", *files)
+    done = nanovllm("trace", "compare", *files)
     assert done.returncode == 0 and re.search(r"^policy +fcfs  \|  sjf", done.stdout, re.MULTILINE)
     assert "A (simulated)" in done.stdout and "B (simulated)" in done.stdout
-    found = one(command("trace", "compare", *files, "--json").stdout)
+    found = one(nanovllm("trace", "compare", *files, "--json").stdout)
     assert found["figures"]["TTFT p50"]["first"] != found["figures"]["TTFT p50"]["second"]
     assert [run["label"] for run in found["diagnoses"]] == ["simulated", "simulated"]
 
 
-def test_export_writes_what_others_read(command: Run, runs: Path, tmp_path: Path) -> None:
+def test_export_writes_what_others_read(nanovllm: Run, runs: Path, tmp_path: Path) -> None:
     targets = {name: tmp_path / f"run.{name}" for name in ("perfetto", "mermaid", "svg")}
     flags = [part for name, path in targets.items() for part in (f"--{name}", str(path))]
-    done = command("trace", "export", str(runs / "fcfs.jsonl"), "--request", "s3-t0", "--lang", "zh", *flags)
+    done = nanovllm("trace", "export", str(runs / "fcfs.jsonl"), "--request", "s3-t0", "--lang", "zh", *flags)
     assert done.returncode == 0
     document = one(targets["perfetto"].read_text())
     check_schema(document)
@@ -155,8 +155,8 @@ def test_export_writes_what_others_read(command: Run, runs: Path, tmp_path: Path
     assert ET.fromstring(targets["svg"].read_text()).tag.endswith("svg")  # noqa: S314  our own text
 
 
-def test_the_default_request_is_the_first(command: Run, runs: Path, tmp_path: Path) -> None:
-    command("trace", "export", str(runs / "fcfs.jsonl"), "--mermaid", str(tmp_path / "m"))
+def test_the_default_request_is_the_first(nanovllm: Run, runs: Path, tmp_path: Path) -> None:
+    nanovllm("trace", "export", str(runs / "fcfs.jsonl"), "--mermaid", str(tmp_path / "m"))
     assert "title s0-t0" in (tmp_path / "m").read_text()
 
 
@@ -220,14 +220,14 @@ def test_a_file_that_is_no_recording_is_refused(nanovllm: Run, tmp_path: Path) -
     assert done.returncode == 2 and "line 1" in done.stderr
 
 
-def test_what_a_recording_made_up_steers_no_terminal(command: Run, runs: Path, tmp_path: Path) -> None:
+def test_what_a_recording_made_up_steers_no_terminal(nanovllm: Run, runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.jsonl"
     file.write_text((runs / "fcfs.jsonl").read_text().replace('"s3-t0"', '"\\u001b[2Jx[bold]\\n"'))
     name = "\x1b[2Jx[bold]\n"
     for arguments in (("show", str(file)), ("show", str(file), "--request", name), ("diagnose", str(file))):
-        done = command("trace", *arguments)
+        done = nanovllm("trace", *arguments)
         assert done.returncode == 0 and "\x1b" not in done.stdout
-    assert "x[bold]" in command("trace", "show", str(file)).stdout
+    assert "x[bold]" in nanovllm("trace", "show", str(file)).stdout
 
 
 def test_block_calls_and_real_time_of_a_real_engine(nanovllm: Run, tmp_path: Path) -> None:

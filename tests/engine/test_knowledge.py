@@ -44,8 +44,9 @@ def cold_answer(llm: LLM) -> tuple[list[int], int]:
     return final.token_ids, len(ids_of(segments[:-1]))
 
 
-def check_every_tier(folder: Path, **more: Any) -> None:
-    with engine(**more, state_dir=str(folder), state_host_memory="64MiB") as llm:
+def test_an_answer_with_knowledge_is_that_of_a_cold_run_from_every_tier(tmp_path: Path) -> None:
+    """SmolLM2 is asked through the server: `tests/serve/test_knowledge.py`."""
+    with engine(state_dir=str(tmp_path), state_host_memory="64MiB") as llm:
         tokens, path = cold_answer(llm)
         size = llm.engine.scheduler.block_size
         found = path // size * size
@@ -60,18 +61,10 @@ def check_every_tier(folder: Path, **more: Any) -> None:
             assert final.token_ids == tokens and final.hit_tokens_by_tier.keys() == {tier}
             assert final.cached_tokens >= found
             llm.state_store.evict(tier="host", bytes=64 << 20)
-    with engine(**more, state_dir=str(folder)) as llm:
+    with engine(state_dir=str(tmp_path)) as llm:
         final = llm.chat(ASK, GREEDY, knowledge=["library"])[0]
         assert final.token_ids == tokens and final.hit_tokens_by_tier.keys() == {"disk"}
         assert final.cached_tokens >= found
-
-
-def test_an_answer_with_knowledge_is_that_of_a_cold_run_from_every_tier(tmp_path: Path) -> None:
-    check_every_tier(tmp_path)
-
-
-def test_the_same_on_smollm2(smollm2_path: Path, tmp_path: Path) -> None:
-    check_every_tier(tmp_path, model=str(smollm2_path), block_size=16, num_blocks=24, max_model_len=256)
 
 
 def test_several_documents_in_one_order_and_the_first_ones_kv_is_there(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Real KV through real tiers, float32: the tokens of a cold run, whatever was evicted, restored or damaged."""
+"""Real KV through real tiers, float32: the tokens of a cold run, whatever was evicted, shared, damaged or killed.
+
+Every kind, tier and hit length is in `tests/exact/test_state_matrix.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,6 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 PROMPT = [(7 * i + i * i) % 250 for i in range(70)]
-HITS = (0, 3, 4, 5, 33, 64, 68, 69, 70)
 
 
 def settle(llm: LLM) -> None:
@@ -46,41 +48,15 @@ def cold() -> Iterator[list[int]]:
         yield llm.generate([PROMPT], GREEDY)[0].token_ids
 
 
-def test_every_hit_length_from_host_and_disk_and_after_a_restart(cold: list[int], tmp_path: Path) -> None:
-    for tier, settings in (("host", {"state_host_memory": "8MiB"}), ("disk", {"state_dir": str(tmp_path)})):
-        with LLM(**TINY, **settings) as llm:
-            for hit in HITS:
-                llm.state_store.evict(tier=tier, bytes=1 << 20)
-                forget_device(llm)
-                if hit:
-                    llm.generate([PROMPT[:hit]], SamplingParams(temperature=0.0, max_tokens=1))
-                forget_device(llm)
-                (final,) = llm.generate([PROMPT], GREEDY)
-                whole = min(hit // 4, 69 // 4) * 4
-                assert final.token_ids == cold and final.hit_tokens_by_tier == ({tier: whole} if whole else {}), hit
-                assert (final.timeline.state_wait_ns > 0) == (whole > 0)
-                assert final.timeline.t_queue_ns >= final.timeline.state_wait_ns
+def test_what_came_from_the_disk_after_a_restart_lies_in_memory_next(cold: list[int], tmp_path: Path) -> None:
+    with LLM(**TINY, state_dir=str(tmp_path)) as llm:
+        llm.generate([PROMPT], GREEDY)
     with LLM(**TINY, state_dir=str(tmp_path), state_host_memory="8MiB") as llm:
         for tier in ("disk", "host"):
             (final,) = llm.generate([PROMPT], GREEDY)
             assert final.token_ids == cold and final.hit_tokens_by_tier == {tier: 68}
+            assert final.timeline.t_queue_ns >= final.timeline.state_wait_ns > 0
             forget_device(llm)
-
-
-@pytest.mark.long
-def test_a_real_model_restored_from_host_and_from_disk_after_a_restart(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"dtype": "float32", "num_blocks": 24, "state_load": "always", "progress": False}
-    prompt = "Prefill computes the keys and values of a prompt once. " * 12
-    with LLM("smollm2", state_dir=str(tmp_path), state_host_memory="256MiB", **settings) as llm:
-        cold = llm.generate(prompt, GREEDY)[0]
-        forget_device(llm)
-        assert cold.cached_tokens == 0
-        from_host = llm.generate(prompt, GREEDY)[0]
-    with LLM("smollm2", state_dir=str(tmp_path), **settings) as llm:
-        from_disk = llm.generate(prompt, GREEDY)[0]
-    whole = (cold.prompt_len - 1) // 16 * 16
-    assert from_host.hit_tokens_by_tier == {"host": whole} and from_disk.hit_tokens_by_tier == {"disk": whole}
-    assert cold.token_ids == from_host.token_ids == from_disk.token_ids
 
 
 def test_a_pool_that_overflows_spills_and_restores(cold: list[int], tmp_path: Path) -> None:

@@ -217,14 +217,14 @@ def read_head(sock: socket.socket) -> bytes:
 
 
 class ServerProcess(Client):
-    """`nanovllm serve` as a process; the port is read off its output."""
+    """`nanovllm serve` as a process, or another module that does the same; the port is read off its output."""
 
-    def __init__(self, *arguments: str, **env: str) -> None:
+    def __init__(self, *arguments: str, module: str = "nanovllm", **env: str) -> None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("NANOVLLM_") or k == "NANOVLLM_CACHE"}
         whole = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
         flags = ["--port", "0", "--kv-memory", "4MiB", "--dtype", "float32"]
         flags += ["--engine-process"] if IN_PROCESS else []
-        command = [sys.executable, "-m", "nanovllm", "serve", "tiny:random", *flags, *arguments]
+        command = [sys.executable, "-m", module, "serve", "tiny:random", *flags, *arguments]
         self.process = subprocess.Popen(
             command, env=whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )

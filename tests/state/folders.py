@@ -137,12 +137,12 @@ KILLED_CALLS = (
 KILL_POINTS = (*(f"{call}:{side}" for call in KILLED_CALLS for side in "01"), "texts.write:half", "kv.write:half")
 
 
-def killing(point: str, after_hits: int) -> type[Folder]:
-    """A Folder whose process dies by SIGKILL at the `after_hits`-th time `point` is reached."""
+def killing(point: str, after_hits: int, is_armed: Callable[[], bool] = lambda: True) -> type[Folder]:
+    """A Folder whose process dies by SIGKILL at the `after_hits`-th time `point` is reached while it is armed."""
     left = [after_hits]
 
     def reach(name: str) -> None:
-        if name == point:
+        if name == point and is_armed():
             left[0] -= 1
             if left[0] <= 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -8,8 +8,11 @@ then by name and version, whatever order they were named in: the same set makes 
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from nanovllm.core.segments import Segment, SegmentSpan
@@ -38,6 +41,12 @@ class Passage:
     def rank(self) -> tuple[bool, str, str]:
         """Its place among others: what most prompts share goes first."""
         return self.namespace != PUBLIC, self.label, self.namespace
+
+    @cached_property
+    def identity(self) -> str:
+        """Its name and what it says: another text under the same name is another document."""
+        content = struct.pack(f"<{len(self.token_ids)}q", *self.token_ids) + self.system.encode()
+        return f"{self.label} {hashlib.sha256(content).hexdigest()}"
 
 
 def check_template(template: str) -> None:

@@ -67,6 +67,7 @@ class Prompt:
     template_tokens: int | None = None
     segments: tuple[SegmentSpan, ...] = ()
     namespace: str | None = None
+    documents: tuple[str, ...] = ()  # which ones it carries: equal where they are the same text at the same place
 
 
 @dataclass(frozen=True)

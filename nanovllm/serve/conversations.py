@@ -20,6 +20,7 @@ from nanovllm.serve.items import CONVERSATION, RESERVED, stored_items
 from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.response_protocol import ConversationRequest, ConversationUpdate, ItemsRequest
 from nanovllm.serve.state_api import json_of, query_of
+from nanovllm.serve.turn_history import without_item
 from nanovllm.serve.turn_store import CONVERSATION_PREFIX, Kept
 from nanovllm.state.objects import Session
 
@@ -98,13 +99,8 @@ async def item(request: Request) -> Response:
 
 
 async def delete_item(request: Request) -> Response:
-    """A conversation without one of its items."""
-
-    def without(talk: Session) -> Session:
-        place = _place(talk.messages, request)
-        return Session([*talk.messages[:place], *talk.messages[place + 1 :]], talk.token_ids, talk.facts)
-
-    await _change(request, without)
+    """A conversation without one of its items, and without what was computed with it."""
+    await _change(request, lambda talk: without_item(talk, _place(talk.messages, request)))
     return json_of(shown(await _named(request)))
 
 

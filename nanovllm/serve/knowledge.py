@@ -134,9 +134,12 @@ def _not_there(name: str, param: str) -> StateNotFoundError:
     return StateNotFoundError(f"There is no document {name!r:.80} of yours.", param=param, hint=hint)
 
 
-async def prompt_of(services: Services, tenant: Tenant, chat: Conversation, names: Sequence[str] | None) -> Prompt:
+async def prompt_of(
+    services: Services, tenant: Tenant, chat: Conversation, names: Sequence[str] | None, known: Sequence[int] = ()
+) -> Prompt:
     """A conversation as the engine takes it, with the documents of these names in its system message.
 
+    Beside documents it goes on in the `known` ids of the turn before, where that one had the same.
     Raises StateNotFoundError (404) where a name is none of the tenant's own or public documents,
     InvalidRequestError where the model has no place for them, ContextLengthError.
     """
@@ -149,10 +152,11 @@ async def prompt_of(services: Services, tenant: Tenant, chat: Conversation, name
     check_length(sum(len(passage.token_ids) for passage in passages), services, "knowledge")
     tokenizer = services.engine.tokenizer
     render = partial(chat_segments, tokenizer, chat.messages, passages, chat.add_generation_prompt, chat.tools)
-    work = partial(render, **chat.variables)
+    work = partial(render, known=known, **chat.variables)
     segments = await within(services.pool, work, RENDER_S + size / BYTES_PER_S, "messages")
     ids = ids_of(segments)
     check_length(len(ids), services, "messages")
     said = None if size > COUNTED_BYTES else tokenizer.count_content_tokens(chat.messages)
     added = None if said is None else max(0, len(segments[0].content) + len(segments[-1].content) - said)
-    return Prompt(ids, added, spans_of(segments), knowledge.namespace_for(tenant, passages))
+    carried = tuple(passage.identity for passage in passages)
+    return Prompt(ids, added, spans_of(segments), knowledge.namespace_for(tenant, passages), carried)

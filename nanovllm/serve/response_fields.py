@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from nanovllm.errors import NanoVLLMError
+from nanovllm.serve.answer import Prompt
 from nanovllm.serve.chat_order import Asked
 from nanovllm.serve.context import Services
 from nanovllm.serve.protocol import (
@@ -97,7 +98,7 @@ def echo_of(body: ResponseRequest, asked: Asked, conversation_id: str | None) ->
     }
 
 
-def asked_facts(body: ResponseRequest, asked: Asked, services: Services) -> dict[str, Any]:
+def asked_facts(body: ResponseRequest, asked: Asked, prompt: Prompt, services: Services) -> dict[str, Any]:
     """What the next turn compares itself with, to say why its prompt differs."""
     offered = asked.use.functions if asked.use.is_offered else ()
     info = services.engine.info
@@ -106,7 +107,8 @@ def asked_facts(body: ResponseRequest, asked: Asked, services: Services) -> dict
         "tools": msgspec.json.encode(offered).decode() if offered else None,
         "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
         "instructions": body.instructions,
-        "knowledge": body.knowledge,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "knowledge": [*prompt.documents] or None,
     }
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from msgspec import Struct
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
-MissReason = Literal["model_changed", "tools_changed", "reasoning_effort_changed", "input_changed", "kv_not_kept"]
+CacheReason = Literal["model_changed", "tools_changed", "reasoning_effort_changed", "input_changed"]
+MissReason = CacheReason | Literal["knowledge_changed", "item_deleted", "history_rewritten", "kv_not_kept"]
 
 
 class PartReply(Struct, forbid_unknown_fields=True):
@@ -88,7 +89,7 @@ class CacheDiagnostics(Struct, kw_only=True, forbid_unknown_fields=True):
     """OpenAI's words on the turn before: a hit, a miss with its reason, or that nothing can be said."""
 
     type: Literal["cache_hit", "cache_miss", "unavailable"]
-    reason: MissReason | None = None
+    reason: CacheReason | None = None
     cache_missed_tokens: int | None = None
     comparison_reusable_tokens: int | None = None
 

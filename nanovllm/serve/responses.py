@@ -20,7 +20,6 @@ from nanovllm.serve.chat_order import Asked, asked_of
 from nanovllm.serve.context import Services, Tenant, Ticket
 from nanovllm.serve.item_pages import item_page
 from nanovllm.serve.items import CONVERSATION, RESPONSE, Stored, messages_of, stored_items
-from nanovllm.serve.knowledge import prompt_of
 from nanovllm.serve.protocol import ChatRequest, SystemMessage
 from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.response_answer import ResponseStream, ResponseWhole
@@ -124,13 +123,10 @@ async def _answer(
     items = [*history.items, *stored_items(body.input)]
     with renamed():
         asked = asked_of(_chat(body, items), services)
-        if body.knowledge:
-            prompt = await prompt_of(services, ticket.tenant, asked.chat, body.knowledge)
-        else:
-            prompt = await prompt_after(services, history, asked.chat)
+        prompt = await prompt_after(services, ticket.tenant, history, asked.chat, body.knowledge)
     draft = Draft(_head(services, body, asked, conversation))
     rendering = ResponseStream(draft) if asked.streaming.is_stream else ResponseWhole(draft)
-    facts = asked_facts(body, asked, services)
+    facts = asked_facts(body, asked, prompt, services)
     turn = Turn(
         services, ticket, draft, rendering, history, items, prompt, facts, conversation, body.store is not False
     )

@@ -93,5 +93,7 @@ class Turn(Course):
         return Session([*self.items, *self.draft.output], self._token_ids, facts)
 
     def _talk(self, conversation: Kept) -> Session:
+        items, token_ids = [*self.items, *self.draft.output], self._token_ids
         facts = {**conversation.session.facts, "object": CONVERSATION, "asked": dict(self.asked)}
-        return Session([*self.items, *self.draft.output], self._token_ids, facts)
+        facts |= self.history.facts_after(len(self.items), len(self.prompt.token_ids), len(items), token_ids)
+        return Session(items, token_ids, facts)

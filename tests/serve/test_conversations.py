@@ -229,7 +229,7 @@ def test_time_ends_them(fresh_server: Callable[..., LiveServer], clients: Client
 
     until(lambda: is_gone(lambda: ai.responses.retrieve(first.id)), "a response outlives its time")
     until(lambda: is_gone(lambda: ai.conversations.retrieve(talk.id)), "a conversation outlives its time")
-    assert asyncio.run(held(live)) == {"objects": 0, "bytes": 0}
+    assert asyncio.run(held(live)).items() >= {"objects": 0, "bytes": 0}.items()
 
 
 async def held(live: LiveServer) -> Any:

@@ -15,8 +15,8 @@ from openai import InternalServerError, NotFoundError, OpenAI
 from nanovllm.serve import conversations, responses
 from nanovllm.serve.openapi import document
 from nanovllm.serve.response_protocol import ResponseRequest
-from nanovllm.serve.response_replies import MissReason
-from nanovllm.serve.turn_history import NOT_KEPT, REASONS
+from nanovllm.serve.response_replies import CacheReason, MissReason
+from nanovllm.serve.turn_history import DELETED, NOT_KEPT, OPENAI, REASONS, REWRITTEN
 from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ai, ask, clients, own
 from tests.serve.servers import LiveServer, assert_at_rest
 from tests.serve.surface import Live
@@ -238,7 +238,7 @@ def test_a_template_that_alters_history_is_a_miss_with_its_reason(
     ai = clients(live)
     first = ask(ai, "Something that is long enough to fill some blocks.", max_output_tokens=40, text=LETTERS)
     after = ask(ai, "On.", previous_response_id=first.id, text=LETTERS)
-    assert (own(after)["miss_reason"], own(after)["changed"]) == ("input_changed", [])
+    assert (own(after)["miss_reason"], own(after)["changed"]) == ("history_rewritten", [])
     reusable = own(after)["reusable_tokens"]
     assert reusable >= first.usage.input_tokens and reusable < first.usage.total_tokens
     assert after.usage.input_tokens_details.cached_tokens == reusable // BLOCK * BLOCK
@@ -325,9 +325,11 @@ def test_the_pages_name_every_field_path_and_reason(page: str) -> None:
     for route in (*responses.ROUTES, *conversations.ROUTES):
         path = re.sub(r"{(response|conversation)_id}", "{id}", route.path)
         assert f" {path}`" in text or f" {path}?" in text, path
-    reasons = {word for _, word in REASONS} | {NOT_KEPT}
+    reasons = {word for _, word in REASONS} | {DELETED, REWRITTEN, NOT_KEPT}
     assert all(f"| `{reason}` |" in text for reason in reasons)
-    assert set(get_args(MissReason)) == reasons
+    told, own_words = (set(get_args(part)) for part in get_args(MissReason))
+    assert told | own_words == reasons and told == {*OPENAI} == set(get_args(CacheReason))
+    assert all(f"`{name}`" in text.split("nanovllm.changed", 1)[1].split("\n", 1)[0] for name, _ in REASONS)
 
 
 def test_a_kept_turn_owns_its_kv_itself(tiny: Live, ai: OpenAI, monkeypatch: Any) -> None:

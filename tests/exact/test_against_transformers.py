@@ -40,10 +40,12 @@ def answers(llm: LLM, names: list[str]) -> dict[str, list[int]]:
 
 
 @pytest.mark.model
-def test_smollm2_equals_transformers_all_together_in_chunks(smollm2: LLM, capsys: Any) -> None:
-    """20 prompts in one batch; the long ones enter in chunks of at most 500 beside the decodes of the others."""
+@pytest.mark.parametrize("num_long", [1, pytest.param(len(LONG), marks=pytest.mark.long)])
+def test_smollm2_equals_transformers_all_together_in_chunks(smollm2: LLM, capsys: Any, num_long: int) -> None:
+    """All in one batch; a long prompt enters in chunks of at most 500 beside the decodes of the others."""
+    names = [name for name in GOLDENS if name not in LONG[num_long:]]
     limit(smollm2, max_num_batched_tokens=512, max_prefill_chunk=500)
-    report = check_against_golden(answers(smollm2, list(GOLDENS)), GOLDENS)
+    report = check_against_golden(answers(smollm2, names), GOLDENS)
     limit(smollm2, max_num_batched_tokens=2048, max_prefill_chunk=None)
     with capsys.disabled():
         print(f"\nSmolLM2 float32 against transformers, batched, chunked: {report}")

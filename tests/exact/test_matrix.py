@@ -93,6 +93,9 @@ class Bench:
 
 
 TINY_MODELS = ["tiny:random", "tiny:random-qwen2", "tiny:random-qwen3"]
+ONE_HERE = pytest.mark.parametrize(  # the engine's work is the same for each; `long` has the others
+    "tiny", [TINY_MODELS[0], *(pytest.param(name, marks=pytest.mark.long) for name in TINY_MODELS[1:])], indirect=True
+)
 
 
 @pytest.fixture(scope="module", params=TINY_MODELS)
@@ -110,9 +113,10 @@ def smol(smollm2: LLM) -> Iterator[Bench]:
     bench.close()
 
 
-# -- tiny models: everything -----------------------------------------------------------------------
+# -- tiny models: everything on one, pairwise on the others; everything on each under `long` ----------
 
 
+@ONE_HERE
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_tiny_matrix(tiny: Bench, chunk: int | None, block_size: int) -> None:
@@ -130,6 +134,7 @@ def test_tiny_step_budget(tiny: Bench, mode: str, block_size: int) -> None:
         tiny.check((mode, block_size, budget), llm)
 
 
+@ONE_HERE
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("prefix_mode", ["off", "reuse"])
 def test_tiny_preempted_after_every_step(tiny: Bench, block_size: int, prefix_mode: str) -> None:
@@ -166,6 +171,7 @@ def test_tiny_pool_too_small_for_all(tiny: Bench, block_size: int) -> None:
             tiny.check((block_size, prefix_mode, chunk), llm)
 
 
+@ONE_HERE
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_tiny_hit_of_every_length(tiny: Bench, chunk: int | None) -> None:
     check_every_hit(tiny, chunk, 1, index=4)
@@ -226,7 +232,7 @@ def check_every_hit(bench: Bench, chunk: int | None, block_size: int, index: int
         bench.assert_released(llm)
 
 
-# -- SmolLM2: pairwise, and everything under `long` ------------------------------------------------
+# -- pairwise; SmolLM2's everything under `long` ----------------------------------------------------
 
 FACTORS: list[list[Any]] = [CHUNKS, ORDERS, BLOCK_SIZES, PREEMPTIONS, PREFIX]
 
@@ -257,6 +263,12 @@ def test_pairwise_covers_every_pair() -> None:
     assert len(cells) <= 22
     for (i, first), (j, second) in combinations(enumerate(FACTORS), 2):
         assert {(cell[i], cell[j]) for cell in cells} == set(product(first, second))
+
+
+@pytest.mark.parametrize("tiny", TINY_MODELS[1:], indirect=True)
+@pytest.mark.parametrize("cell", pairwise(FACTORS), ids=str)
+def test_tiny_pairwise(tiny: Bench, cell: tuple[Any, ...]) -> None:
+    tiny.cell(*cell)
 
 
 @pytest.mark.model

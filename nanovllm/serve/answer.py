@@ -36,6 +36,9 @@ ENDINGS = ("stop", "length")
 class Course:
     """What else belongs to the course of an answer; endpoints that keep something say what."""
 
+    def take(self, batch: Batch) -> None:
+        """What a step made."""
+
     async def before_last_byte(self, finished: list[Finished]) -> None:
         """All prompts have ended: what must happen before the client may know it. Raises what fails the answer."""
 
@@ -131,6 +134,7 @@ class Answer:
         async with aclosing(merged(self._streams)) as batches:
             async for batch in batches:
                 _check_endings(batch)
+                self._course.take(batch)
                 data = self._rendering.add(batch)
                 if data:
                     await self._write(send, data, is_last=False)

@@ -14,7 +14,7 @@ from nanovllm.serve.chat_order import asked_of
 from nanovllm.serve.knowledge import prompt_of
 from nanovllm.serve.protocol import ChatRequest
 from nanovllm.serve.reception import decoded, parts_of
-from nanovllm.serve.session_hint import session_of
+from nanovllm.serve.session_hint import course_of, session_of
 
 
 async def chat(request: Request) -> Answer:
@@ -29,4 +29,5 @@ async def chat(request: Request) -> Answer:
         asked.model, params.n, asked.use, services.engine.tokenizer, params.logprobs, streaming.has_usage, running
     )
     rendering = ChatStream(head) if streaming.is_stream else ChatWhole(head)
-    return Answer(services, ticket, asked.order(prompt, session), rendering, streaming.is_stream)
+    order = asked.order(prompt, session)
+    return Answer(services, ticket, order, rendering, streaming.is_stream, course_of(services, ticket, order))

@@ -24,7 +24,7 @@ from nanovllm.serve.fields import (
 )
 from nanovllm.serve.protocol import CompletionRequest
 from nanovllm.serve.reception import check_length, decoded, encode_text, parts_of
-from nanovllm.serve.session_hint import session_of
+from nanovllm.serve.session_hint import course_of, session_of
 from nanovllm.serve.text_answer import Head, TextStream, TextWhole
 
 
@@ -52,7 +52,7 @@ async def completions(request: Request) -> Answer:
     rendering = TextStream(head) if streaming.is_stream else TextWhole(head)
     blame, session = blamed(None, body.response_format), session_of(request, body)
     order = Order(prompts, params, priority, body.cache_salt or "", name, blame, session)
-    return Answer(services, ticket, order, rendering, streaming.is_stream)
+    return Answer(services, ticket, order, rendering, streaming.is_stream, course_of(services, ticket, order))
 
 
 def prompts_of(prompt: str | list[str | int | list[int]], services: Services) -> list[str | list[int]]:

@@ -87,7 +87,7 @@ class ServerConfig:
     max_tenant_sessions: int = _setting(10_000, "stored responses and conversations of one key", 0)
     max_tenant_session_bytes: int = _setting(256 * 2**20, "their text together, bytes or '1GiB'", 0, 2**50)
     session_ttl: float = _seconds(30 * 86_400.0, "how long a stored turn is kept")
-    write_behind_timeout: float = _seconds(2.0, "longest wait for a stored turn's KV to be written before its end", 0)
+    write_behind_timeout: float = _seconds(2.0, "longest wait for the KV of a stored or named turn before its end", 0)
     ttft_slo: float = _seconds(30.0, "longest wait for a first token that is worth queueing for")
     queue_timeout: float = _seconds(30.0, "longest wait in the queue")
     request_timeout: float = _seconds(600.0, "longest request, from its arrival on")

@@ -128,7 +128,17 @@ async def _answer(
     rendering = ResponseStream(draft) if asked.streaming.is_stream else ResponseWhole(draft)
     facts = asked_facts(body, asked, prompt, services)
     turn = Turn(
-        services, ticket, draft, rendering, history, items, prompt, facts, conversation, body.store is not False
+        services,
+        ticket,
+        draft,
+        rendering,
+        history,
+        items,
+        prompt,
+        facts,
+        conversation,
+        body.store is not False,
+        session,
     )
     order = replace(asked.order(prompt, session), grammar_param=our_name(asked.grammar_param))
     return Answer(services, ticket, order, rendering, asked.streaming.is_stream, turn)

@@ -42,16 +42,18 @@ class Turn(Course):
     asked: Mapping[str, Any]
     conversation: Kept | None
     is_stored: bool
+    session: str  # where it is not kept
 
     async def before_last_byte(self, finished: list[Finished]) -> None:
         """Count, keep, and wait a little for the KV. A client that leaves now leaves a whole turn behind."""
         self._count(finished)
-        if not self.is_stored and self.conversation is None:
-            return
-        with anyio.CancelScope(shield=True):
-            await self._keep()
-        namespace = self.ticket.tenant.namespace if self.prompt.namespace is None else self.prompt.namespace
-        await self.services.turns.written(namespace, self._token_ids)
+        is_kept = self.is_stored or self.conversation is not None
+        if is_kept:
+            with anyio.CancelScope(shield=True):
+                await self._keep()
+        if is_kept or self.session:
+            namespace = self.ticket.tenant.namespace if self.prompt.namespace is None else self.prompt.namespace
+            await self.services.turns.written(namespace, self._token_ids)
 
     def failed(self, error: dict[str, dict[str, str | None]]) -> bytes:
         """In the stream's own words."""

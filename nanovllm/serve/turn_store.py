@@ -132,7 +132,7 @@ class TurnStore:
         with suppress(NanoVLLMError):
             await self._call("drop", state_id=name, namespace=store_namespace(tenant.owner))
 
-    async def written(self, namespace: str, token_ids: list[int]) -> None:
+    async def written(self, namespace: str, token_ids: list[int], cache_salt: str = "") -> None:
         """Wait until the full blocks of these tokens are written behind, or the server's time for it is over.
 
         Losing them costs only time, so nothing that goes wrong here fails a turn.
@@ -140,7 +140,7 @@ class TurnStore:
         limit_s = self.config.write_behind_timeout
         with suppress(NanoVLLMError, TimeoutError):
             async with asyncio.timeout(limit_s + 1.0):
-                where = {"namespace": store_namespace(namespace), "timeout": limit_s}
+                where = {"namespace": store_namespace(namespace), "cache_salt": cache_salt, "timeout": limit_s}
                 await self.engine.call_state("written", token_ids=token_ids, **where)
 
     def claim(self, tenant: Tenant, kept: Kept) -> tuple[str, str]:

@@ -6,7 +6,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import APIError, APIStatusError, NotFoundError
@@ -14,7 +16,16 @@ from openai import APIError, APIStatusError, NotFoundError
 from nanovllm.errors import TierError
 from nanovllm.state.store import StateStore
 from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ask, clients, own, texts
-from tests.serve.servers import LiveServer, ServerProcess, assert_at_rest, running, thread_only, until
+from tests.serve.servers import (
+    CHAT,
+    COMPLETIONS,
+    LiveServer,
+    ServerProcess,
+    assert_at_rest,
+    running,
+    thread_only,
+    until,
+)
 
 __all__ = ["clients"]  # a fixture
 Process = Callable[..., ServerProcess]
@@ -56,18 +67,73 @@ def test_a_restart_goes_on_where_it_stopped(tmp_path: Path, clients: Clients) ->
 
 
 def test_what_a_client_has_seen_end_outlives_kill_9(tmp_path: Path, process: Process, clients: Clients) -> None:
-    """Killed at the very moment the last event has arrived: text and KV are there."""
+    """Killed at the very moment the last event has arrived: text and KV are there; of a named chat the KV."""
     flags = ("--state-dir", str(tmp_path), "--state-load", "always")
     server = process(*flags)
     stream = ask(clients(server), HERON, stream=True, text=LETTERS, max_output_tokens=60)
     last = list(stream)[-1]
+    chat: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"And {HERON}."}],
+        "max_tokens": 60,
+        "session_id": "s",
+    }
+    chat["response_format"] = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": LETTERS["format"]["schema"]},
+    }
+    said = server.ask("POST", CHAT, chat).json
     server.signal(signal.SIGKILL)
     server.wait()
-    ai = clients(process(*flags))
+    server = process(*flags)
+    ai = clients(server)
     assert ai.responses.retrieve(last.response.id) == last.response
     after = ask(ai, "And?", previous_response_id=last.response.id)
     whole = (last.response.usage.total_tokens - 1) // BLOCK * BLOCK
     assert own(after)["hit_tokens_by_tier"] == {"disk": whole}
+    chat["messages"].append({"role": "assistant", "content": said["choices"][0]["message"]["content"]})
+    found = server.ask("POST", CHAT, chat).json["usage"]["nanovllm"]["hit_tokens_by_tier"]
+    assert found["disk"] > said["usage"]["prompt_tokens"] // BLOCK * BLOCK
+
+
+@thread_only("it slows the engine's tier")
+def test_the_kv_of_a_named_session_is_written_before_its_answers_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chat, a completion's every sample and a turn that is not kept; but no longer than the server waits."""
+    with running(state_dir=str(tmp_path), num_blocks=512, write_behind_timeout=5.0) as live:
+        disk = store_of(live).plane.places["disk"].tier
+        write, gate = disk.write, threading.Event()
+        gate.set()
+
+        def slow(items: Any) -> None:
+            gate.wait(10)
+            time.sleep(0.02)
+            write(items)
+
+        monkeypatch.setattr(disk, "write", slow)
+        chat = {"max_tokens": 20, "ignore_eos": True, "session_id": "s", "cache_salt": "salt"}
+        for path, body in (
+            (CHAT, {**chat, "messages": [{"role": "user", "content": HERON}], "stream": True}),
+            (COMPLETIONS, {**chat, "prompt": [f"One {HERON}", f"Two {HERON}"], "n": 2, "temperature": 1}),
+            ("/v1/responses", {"input": f"Three {HERON}", "store": False, "prompt_cache_key": "s"}),
+        ):
+            assert live.ask("POST", path, body).status == 200
+            assert is_written(live), path
+        gate.clear()
+        assert live.ask("POST", COMPLETIONS, {**chat, "session_id": None, "prompt": f"Four {HERON}"}).status == 200
+        assert not is_written(live), "whoever names no session does not wait"
+        impatient = replace(live.services.turns.config, write_behind_timeout=0.2)
+        monkeypatch.setattr(live.services.turns, "config", impatient)
+        assert live.ask("POST", COMPLETIONS, {**chat, "prompt": f"Five {HERON}"}).status == 200, "nor does any forever"
+        assert not is_written(live)
+        gate.set()
+
+
+def is_written(live: LiveServer) -> bool:
+    """No block waits to be written, and none is being written."""
+    assert live.engine is not None
+    is_empty: bool = live.engine.parts.state.behind.is_empty
+    return is_empty
 
 
 @thread_only("it looks into the engine's store")

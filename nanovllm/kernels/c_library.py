@@ -31,8 +31,8 @@ from nanovllm.core.cache_dir import cache_dir
 logger = logging.getLogger("nanovllm")
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "kernels.c", FOLDER / "grouped.c", FOLDER / "few_rows.c", FOLDER / "team.c")
-HEADERS = (FOLDER / "kernels.h", FOLDER / "vectors.h", FOLDER / "prefill.h")
+SOURCES = tuple(FOLDER / f"{name}.c" for name in ("kernels", "grouped", "panels", "decoder", "team"))
+HEADERS = tuple(FOLDER / f"{name}.h" for name in ("kernels", "vectors", "words", "prefill"))
 DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall", "-pthread")
 LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64-v2"}  # by torch's name of what it uses
@@ -42,7 +42,9 @@ NAMES = (
     "silu_mul",
     "attend_layer",
     "grouped_linear",
-    "few_rows",
+    "panel_linear",
+    "panel_width",
+    "run_decoder",
     "team_open",
     "team_call",
     "team_dismiss",
@@ -74,6 +76,15 @@ class GroupedArgs(ctypes.Structure):
     _fields_ = (
         *((name, ADDRESS) for name in ("codes", "scales", "offsets", "bias", "x", "y")),
         *((name, COUNT) for name in ("rows", "inputs", "outputs", "bits", "is_float")),
+    )
+
+
+class PanelArgs(ctypes.Structure):
+    """`panel_args` of kernels.h, field by field."""
+
+    _fields_ = (
+        *((name, ADDRESS) for name in ("panels", "bias", "x", "y")),
+        *((name, COUNT) for name in ("rows", "inputs", "outputs", "is_float")),
     )
 
 
@@ -182,11 +193,12 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     library.silu_mul.argtypes = (ADDRESS, ADDRESS, COUNT, COUNT, ADDRESS, ctypes.c_int)
     library.attend_layer.argtypes = (ctypes.POINTER(StepArgs),)
     library.grouped_linear.argtypes = (ctypes.POINTER(GroupedArgs), ADDRESS, ctypes.c_int)
-    library.few_rows.argtypes = (ADDRESS, ADDRESS)
+    library.panel_linear.argtypes = (ctypes.POINTER(PanelArgs), ADDRESS, ctypes.c_int)
+    library.run_decoder.argtypes = (ADDRESS, ADDRESS)
     library.team_open.argtypes = (ctypes.c_int,)
     for function in (library.team_call, library.team_dismiss, library.team_close):
         function.argtypes = (ADDRESS,)
     for name in NAMES:
         getattr(library, name).restype = None
-    library.team_open.restype = ADDRESS
+    library.team_open.restype, library.panel_width.restype = ADDRESS, COUNT
     return library

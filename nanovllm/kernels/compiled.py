@@ -21,7 +21,6 @@ from nanovllm.kernels import c_library
 from nanovllm.kernels.c_library import DEFINES, StepArgs
 from nanovllm.kernels.compiled_plan import CompiledPlan
 from nanovllm.kernels.cpu import CpuKernels
-from nanovllm.kernels.few_rows import FewRows, can_take
 from nanovllm.kernels.grouped_linear import GroupedLinear, can_group
 from nanovllm.kernels.interface import (
     AttentionGeometry,
@@ -32,8 +31,10 @@ from nanovllm.kernels.interface import (
     StepLayout,
     WholeDecoder,
 )
-from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
+from nanovllm.kernels.panel_linear import PanelLinear, can_panel
+from nanovllm.kernels.whole_decoder import WholeDecoder as CompiledDecoder
+from nanovllm.kernels.whole_decoder import can_take
 
 LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
 LONG_CHUNK = 32  # tokens from which on AMX may pay; not measured
@@ -57,23 +58,26 @@ class CompiledKernels(CpuKernels):
         *,
         is_head: bool = False,
     ) -> Linear:
-        """Few rows in bfloat16 are computed from the groups of a quantised file, where there are any."""
-        packed = super().linear(weight, bias)
-        if not isinstance(packed, PackedLinear) or weight.dtype != torch.bfloat16 or grouped is None:
-            return packed
-        groups = grouped()
+        """In panels; few rows in bfloat16 from the groups of a quantised file, where there are any.
+
+        oneDNN's where the build has no product of such elements, or the processor multiplies matrices.
+        """
+        library, dtype = self._libraries[weight.dtype], torch.float32 if is_head else weight.dtype
+        if not can_panel(weight, library) or (self.has_matrix_unit and weight.dtype == torch.bfloat16):
+            return super().linear(weight, bias)
+        panels = PanelLinear(weight, bias, library, self._parallel, dtype)
+        groups = grouped() if grouped is not None and weight.dtype == torch.bfloat16 else None
         if groups is None or not can_group(groups):
-            return packed
-        dtype = torch.float32 if is_head else weight.dtype
-        return GroupedLinear(groups, bias, packed, self._libraries[weight.dtype], self._parallel, dtype)
+            return panels
+        return GroupedLinear(groups, bias, panels, library, self._parallel, dtype)
 
     def whole(
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float
     ) -> WholeDecoder | None:
-        """One call for few rows, where all weights are grouped."""
+        """One call, where all weights lie in panels."""
         if not can_take(layers, head):
             return None
-        return FewRows(layers, final_norm, head, eps, self._libraries[final_norm.dtype])
+        return CompiledDecoder(layers, final_norm, head, eps, self._libraries[final_norm.dtype])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """One pass, float32 inside."""

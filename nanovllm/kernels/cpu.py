@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.grouped_linear import GroupedLinear
 from nanovllm.kernels.interface import Grouped, Linear
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.paged import PagedKernels
@@ -37,7 +36,7 @@ class CpuKernels(PagedKernels):
 
     def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
         """Up to the next number of rows that is compiled anyhow, here once rather than in every linear."""
-        missing = linear.rows(len(ids)) - len(ids) if isinstance(linear, PackedLinear | GroupedLinear) else 0
+        missing = linear.rows(len(ids)) - len(ids) if isinstance(linear, PackedLinear) else 0
         return torch.cat((ids, ids[:1].expand(missing))) if missing else ids
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

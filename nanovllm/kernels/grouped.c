@@ -8,7 +8,6 @@
 #include "kernels.h"
 
 #define GROUP 32
-#define FEW 4        /* rows at most */
 #define MAX_IN 32768 /* inputs at most: what is prepared of x lies on the stack */
 #define OUTPUTS 16   /* a number of outputs is a multiple of it */
 #define PIECES 2     /* items of work for each thread: long ones, which memory reads twice as fast as many short ones */

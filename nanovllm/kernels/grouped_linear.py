@@ -1,4 +1,4 @@
-"""A linear that computes few rows from grouped weights, and more from the packed one beside it.
+"""A linear that computes few rows from grouped weights, and more from the panels beside them.
 
 What it is: the choice between two products by the number of rows. What it knows nothing about: models.
 Invariants: up to `FEW` rows are computed from the codes, in bfloat16's build only: float32 has one product for any
@@ -13,7 +13,7 @@ import torch
 
 from nanovllm.kernels.c_library import GroupedArgs
 from nanovllm.kernels.grouped_weight import GroupedWeight
-from nanovllm.kernels.packed_linear import PackedLinear
+from nanovllm.kernels.interface import Linear
 
 FEW, MAX_IN, INPUTS, OUTPUTS = 4, 32768, 64, 16  # as in grouped.c
 
@@ -25,26 +25,22 @@ def can_group(weight: GroupedWeight) -> bool:
 
 
 class GroupedLinear:
-    """x [N, in] -> [N, out]."""
+    """x [N, in] -> [N, out]; `many` is the same linear for more than `FEW` rows."""
 
     def __init__(
         self,
         weight: GroupedWeight,
         bias: torch.Tensor | None,
-        packed: PackedLinear,
+        many: Linear,
         library: ctypes.CDLL,
         parallel: int | None,
         dtype: torch.dtype,
     ) -> None:
-        self._packed, self._library, self._parallel = packed, library, parallel
+        self.many, self._library, self._parallel = many, library, parallel
         self._outputs, self._inputs = weight.codes.shape
         self._arrays = (weight.stored(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets), bias)
         self._addresses = [None if array is None else array.data_ptr() for array in self._arrays]
         self._bits, self.dtype = weight.bits, dtype
-
-    def rows(self, count: int) -> int:
-        """How many rows it computes for `count`."""
-        return count if count <= FEW else self._packed.rows(count)
 
     def args(self, x: int | None = None, y: int | None = None, rows: int = 0) -> GroupedArgs:
         """The call's argument for `rows` rows at address `x`, with the result at `y`."""
@@ -53,7 +49,7 @@ class GroupedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > FEW:
-            return self._packed(x)
+            return self.many(x)
         x = x.contiguous()
         y = x.new_empty(x.shape[0], self._outputs, dtype=self.dtype)
         if not len(x):  # a step in which no row samples

@@ -78,8 +78,13 @@ class WholeDecoder(Protocol):
         """Whether a step is one of those."""
         ...
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """Logits [N, vocab] of x [N, hidden], the embedded tokens, which are used up; KV is written as layers do."""
+    def __call__(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [M, vocab] of the tokens `last` [M] (rising) of x [N, hidden], the embedded ones, which are used up.
+
+        KV is written as layers do.
+        """
         ...
 
 

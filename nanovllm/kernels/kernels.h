@@ -23,7 +23,8 @@ typedef struct {
     elem *out;              /* [N, H, D] */
 } step_args;
 
-/* A linear over a grouped weight (grouped.c). */
+/* A linear over a grouped weight (grouped.c), for at most FEW rows. */
+#define FEW 4
 typedef struct {
     const uint8_t *codes;          /* [out, in * bits / 8], in runs: see there */
     const float *scales, *offsets; /* [out, in / GROUP] */
@@ -34,11 +35,22 @@ typedef struct {
     int64_t is_float;              /* y is: nothing is rounded */
 } grouped_args;
 
+/* A linear over a weight in panels (panels.c). */
+typedef struct {
+    const void *panels; /* [out / WIDE, in / PER_WORD, WIDE] words; zeros behind the last output */
+    const elem *bias;   /* [out], or NULL */
+    const elem *x;      /* [rows, in] */
+    void *y;            /* [rows, out] elem, or float */
+    int64_t rows, in, out;
+    int64_t is_float;   /* y is: nothing is rounded */
+} panel_args;
+
 void add_norm(elem *x, const elem *delta, const elem *weight, elem *out, int64_t rows, int64_t width, float eps,
               parallel_fn parallel, int threads);
 void silu_mul(const elem *gate_up, elem *out, int64_t rows, int64_t width, parallel_fn parallel, int threads);
 void attend_layer(const step_args *a);
 void grouped_linear(const grouped_args *a, parallel_fn parallel, int threads);
+void panel_linear(const panel_args *a, parallel_fn parallel, int threads);
 
 typedef struct team team; /* team.c */
 team *team_open(int size);

@@ -6,26 +6,13 @@
  * Tiles of keys lie at fixed positions and a row counts what it sees only: its sums depend on nothing else, not on how
  * the prompt was cut into chunks, not on other rows.
  */
+#include "words.h"
+
 #define TILE 64      /* keys at a time */
 #define BAND 6       /* rows that go through a product together, so that its sums stay in registers */
 #define MAX_ROWS 192 /* of a tile: tokens times query heads that share a KV head */
 #define LOWEST -1e30f
 
-/* A word is what one lane multiplies at a time: two bfloat16 where the processor has an instruction for it, or a float. */
-typedef uint32_t word;
-#if defined(BFLOAT16) && defined(__AVX512BF16__)
-#define PER_WORD 2
-INLINE vec multiply_add(vec sum, word a, vec b) {
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)((uvec){0} + a), (__m512bh)b);
-}
-#else
-#define PER_WORD 1
-INLINE vec multiply_add(vec sum, word a, vec b) {
-    float x;
-    memcpy(&x, &a, sizeof x);
-    return sum + x * b;
-}
-#endif
 #define SIDE (LANES == 16 ? 4 : 2) /* vectors beside each other in a product: its sums fill 32 registers, or 16 */
 #define ACROSS (SIDE * LANES)
 

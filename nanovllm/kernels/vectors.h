@@ -76,6 +76,10 @@ INLINE void store_at(elem *p, vec x, int64_t i, int64_t n) {
     else store_part(p + i, x, n - i);
 }
 
+INLINE void store_floats_at(float *p, vec x, int64_t i, int64_t n) {
+    memcpy(p + i, &x, (n - i >= LANES ? LANES : n - i) * sizeof(float));
+}
+
 INLINE vec every(float x) { return x - (vec){0}; }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }

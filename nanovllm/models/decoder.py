@@ -93,8 +93,8 @@ class DecoderModel:
         linear = self.layers[0].qkv
         x = F.embedding(self.kernels.padded(token_ids, linear), self.embedding)  # [N, hidden], or some more rows
         cos, sin = self.rotations(self.kernels.padded(positions, linear))
-        if self.whole is not None and len(last) == len(x) and self.whole.takes(plan):
-            return self.whole(x, cos, sin, plan)
+        if self.whole is not None and self.whole.takes(plan):
+            return self.whole(x, cos, sin, plan, last)
         delta = torch.zeros_like(x)  # what the last linear adds to x; summed where x is normalised next
         for i, layer in enumerate(self.layers):
             x, normed = self.add_norm(x, delta, layer.input_norm)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
-from nanovllm.kernels.few_rows import FewRows
 from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
 from nanovllm.kernels.grouped_weight import GROUP, GroupedWeight
 from nanovllm.kernels.packed_linear import PackedLinear
+from nanovllm.kernels.panel_linear import PanelLinear
+from nanovllm.kernels.whole_decoder import WholeDecoder
 from nanovllm.models.gguf_groups import grouped_rows
 
 
@@ -70,8 +71,8 @@ def test_the_product_is_that_of_the_restored_weight(
     result = torch.float32 if is_head else dtype
     x = torch.randn(rows, inputs * 64).to(dtype)
     bias = torch.randn(outputs * 16).to(dtype) if has_bias else None
-    packed = PackedLinear(torch.zeros(outputs * 16, inputs * 64), None)
-    linear = GroupedLinear(weight, bias, packed, c_library.load(dtype), c_library.parallel(), result)
+    many = PackedLinear(torch.zeros(outputs * 16, inputs * 64), None)
+    linear = GroupedLinear(weight, bias, many, c_library.load(dtype), c_library.parallel(), result)
     expected = x.double() @ weight.restored().double().T + (0 if bias is None else bias.double())
     tolerance = {torch.float32: 5e-5, torch.bfloat16: 8e-3}[result]
     torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance)
@@ -82,14 +83,13 @@ def test_the_product_is_that_of_the_restored_weight(
 def test_only_bfloat16_and_only_few_rows_use_the_groups() -> None:
     kernels, weight = CompiledKernels(), drawn(32, 128, 4)
     plain = weight.restored()
-    assert isinstance(kernels.linear(plain, None, lambda: weight), PackedLinear)
+    assert isinstance(kernels.linear(plain, None, lambda: weight), PanelLinear)
     odd = drawn(24, 128, 4)
     rounded = plain.bfloat16()
     linear = kernels.linear(rounded, None, lambda: weight)
     if not isinstance(linear, GroupedLinear):
         return  # no bfloat16 products on this processor
     assert not isinstance(kernels.linear(odd.restored().bfloat16(), None, lambda: odd), GroupedLinear)
-    assert linear.rows(FEW) == FEW and linear.rows(FEW + 1) > FEW
     x = torch.randn(FEW + 1, 128).bfloat16()
     torch.testing.assert_close(linear(x)[:1], linear(x[:1]), rtol=0.02, atol=0.02)
     assert linear(x[:0]).shape == (0, 32)  # a step in which no row samples
@@ -103,15 +103,18 @@ def test_the_default_model_decodes_from_its_groups() -> None:
     assert "Paris" in out.text
 
 
-def test_a_step_of_few_tokens_in_one_call_has_the_bits_of_its_layers() -> None:
-    prompts = [[7, 8, 9, 10 + i] for i in range(3)]
-    params = SamplingParams(temperature=0, max_tokens=20, logprobs=3, ignore_eos=True)
-    with LLM("smollm2", dtype="bfloat16", num_blocks=64, max_model_len=256, prefix_mode="off") as llm:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str) -> None:
+    """Chunks of prompts, decodes beside them, few rows and many."""
+    prompts = [[7, 8, 9, 10 + i] * (1 + 3 * i) for i in range(7)]
+    params = [SamplingParams(temperature=0, max_tokens=4 + 2 * i, logprobs=3, ignore_eos=True) for i in range(7)]
+    how = {"max_num_batched_tokens": 24, "num_blocks": 64, "max_model_len": 256, "prefix_mode": "off"}
+    with LLM("smollm2", dtype=dtype, **how) as llm:
         model = llm.engine.runner.model  # type: ignore[attr-defined]
         together = llm.generate(prompts, params)
         whole, model.whole = model.whole, None
         one_by_one = llm.generate(prompts, params)
-    assert isinstance(whole, FewRows) == isinstance(model.head, GroupedLinear)
+    assert isinstance(whole, WholeDecoder) == isinstance(model.head, GroupedLinear | PanelLinear)
     for a, b in zip(together, one_by_one, strict=True):
         assert a.token_ids == b.token_ids and a.completions[0].logprobs == b.completions[0].logprobs
 

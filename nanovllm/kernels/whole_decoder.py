@@ -1,0 +1,134 @@
+"""A whole decoder as one call: decoder.c over panels, and over groups where few rows meet them.
+
+What it is: the tables of addresses that the call walks through. What it knows nothing about: sequences, where
+weights come from. Invariants: the operations, their order and their functions are those of models/decoder.py, so
+that a step computed either way has the same bits; its team serves one call at a time, as an engine makes them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from nanovllm.kernels.c_library import ADDRESS, COUNT, REAL, GroupedArgs, PanelArgs, StepArgs
+from nanovllm.kernels.compiled_plan import CompiledPlan
+from nanovllm.kernels.grouped_linear import GroupedLinear
+from nanovllm.kernels.interface import AttentionPlan, DecoderLayer, Linear
+from nanovllm.kernels.panel_linear import PanelLinear
+
+
+class LinearWeights(ctypes.Structure):
+    """`linear` of decoder.c, field by field."""
+
+    _fields_ = (("groups", GroupedArgs), ("panels", PanelArgs))
+
+
+class LayerWeights(ctypes.Structure):
+    """`layer_weights` of decoder.c, field by field."""
+
+    _fields_ = (
+        *((name, ADDRESS) for name in ("input_norm", "post_norm")),
+        *((name, LinearWeights) for name in ("qkv", "out", "gate_up", "down")),
+    )
+
+
+class DecoderWeights(ctypes.Structure):
+    """`decoder_weights` of decoder.c, field by field."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(LayerWeights)),
+        *((name, COUNT) for name in ("num_layers", "hidden")),
+        ("final_norm", ADDRESS),
+        ("head", LinearWeights),
+        ("eps", REAL),
+    )
+
+
+class DecoderArgs(ctypes.Structure):
+    """`decoder_args` of decoder.c, field by field."""
+
+    _fields_ = (
+        ("step", ctypes.POINTER(StepArgs)),
+        ("team", ADDRESS),
+        ("layer_stride", COUNT),
+        ("last", ADDRESS),
+        ("num_last", COUNT),
+        *((name, ADDRESS) for name in ("x", "delta", "normed", "qkv", "attended", "gate_up", "inner", "logits")),
+    )
+
+
+def can_take(layers: Sequence[DecoderLayer], head: Linear) -> bool:
+    """Whether every linear lies in panels, and q and k go into attention as they are projected."""
+    linears = [part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    are_ours = all(isinstance(_panels(linear), PanelLinear) for linear in (*linears, head))
+    return are_ours and all(layer.q_norm is None and layer.k_norm is None for layer in layers)
+
+
+class WholeDecoder:
+    """Steps whose attention is all our own. Keeps the layers alive that it points into."""
+
+    def __init__(
+        self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float, library: ctypes.CDLL
+    ) -> None:
+        self._library, self._alive = library, (layers, final_norm, head)
+        self._team = library.team_open(torch.get_num_threads() - 1)
+        if self._team is None:
+            raise MemoryError("no memory for threads")
+        weakref.finalize(self, _close, library, self._team, os.getpid()).atexit = False
+        self._tables = (LayerWeights * len(layers))(*map(_layer, layers))
+        head_weights = _linear(head)
+        self._weights = DecoderWeights(
+            self._tables, len(layers), len(final_norm), final_norm.data_ptr(), head_weights, eps
+        )
+        first, hidden = self._tables[0], len(final_norm)
+        inner = first.down.panels.inputs  # widths of delta, normed, qkv, attended, gate_up, inner:
+        self._widths = (hidden, hidden, first.qkv.panels.outputs, first.out.panels.inputs, 2 * inner, inner)
+        self._logits = torch.float32 if head_weights.panels.is_float else final_norm.dtype
+
+    def takes(self, plan: AttentionPlan) -> bool:
+        """Whether nothing of the step attends in torch."""
+        return isinstance(plan, CompiledPlan) and not plan.chunks and plan.args.num_tokens > 0
+
+    def __call__(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [M, vocab]; x is used up."""
+        assert isinstance(plan, CompiledPlan)
+        step, pool = plan.args, plan.pool
+        step.kv, step.cos, step.sin = pool.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        scratch = [x.new_empty(x.shape[0], width) for width in self._widths]
+        scratch[0].zero_()
+        logits = x.new_empty(len(last), self._weights.head.panels.outputs, dtype=self._logits)
+        addresses = (part.data_ptr() for part in (x, *scratch, logits))
+        rows = (last.data_ptr(), len(last))
+        args = DecoderArgs(ctypes.pointer(step), self._team, pool.stride(1), *rows, *addresses)
+        self._library.run_decoder(ctypes.byref(self._weights), ctypes.byref(args))
+        return logits
+
+
+def _close(library: ctypes.CDLL, team: int, opened_in: int) -> None:
+    """Not at exit, when an engine's thread may be in a call: the threads end with the process. Not in a forked
+    child, which has none of them."""
+    if os.getpid() == opened_in:
+        library.team_close(team)
+
+
+def _layer(layer: DecoderLayer) -> LayerWeights:
+    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    return LayerWeights(layer.input_norm.data_ptr(), layer.post_norm.data_ptr(), *map(_linear, linears))
+
+
+def _linear(linear: Linear) -> LinearWeights:
+    panels = _panels(linear)
+    assert isinstance(panels, PanelLinear)
+    groups = linear.args() if isinstance(linear, GroupedLinear) else GroupedArgs()
+    return LinearWeights(groups, panels.args())
+
+
+def _panels(linear: Linear) -> Linear:
+    """What computes many rows."""
+    return linear.many if isinstance(linear, GroupedLinear) else linear

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nanovllm.errors import InvalidRequestError, StateNotFoundError
-from nanovllm.serve.item_pages import item_page, listed
+from nanovllm.serve.item_pages import item_page, listed, query_with_include
 from nanovllm.serve.items import CONVERSATION, RESERVED, stored_items
 from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.response_protocol import ConversationRequest, ConversationUpdate, ItemsRequest
@@ -33,6 +33,7 @@ Change = Callable[[Session], Session]
 async def create(request: Request) -> Response:
     """A conversation, empty or with its first items."""
     services, ticket = parts_of(request)
+    query_of(request)
     body = await decoded(request, services, ConversationRequest)
     if body.name is not None and body.name.startswith(RESERVED):
         raise InvalidRequestError(f"A name does not begin with {' or '.join(RESERVED)}.", param="name")
@@ -55,12 +56,14 @@ async def find(request: Request) -> Response:
 
 async def retrieve(request: Request) -> Response:
     """A conversation without its items."""
+    query_of(request)
     return json_of(shown(await _named(request)))
 
 
 async def update(request: Request) -> Response:
     """Other metadata."""
     services, _ = parts_of(request)
+    query_of(request)
     body = await decoded(request, services, ConversationUpdate)
     await _change(
         request, lambda talk: Session(talk.messages, talk.token_ids, {**talk.facts, "metadata": body.metadata})
@@ -70,6 +73,7 @@ async def update(request: Request) -> Response:
 
 async def delete(request: Request) -> Response:
     """Out of every tier."""
+    query_of(request)
     services, ticket = parts_of(request)
     await services.turns.drop(ticket.tenant, await _named(request))
     gone = {"id": request.path_params["conversation_id"], "object": "conversation.deleted", "deleted": True}
@@ -84,8 +88,8 @@ async def items(request: Request) -> Response:
 async def add_items(request: Request) -> Response:
     """More items at its end."""
     services, ticket = parts_of(request)
+    query_with_include(request)
     added = stored_items((await decoded(request, services, ItemsRequest)).items, "items")
-    query_of(request, "include", "include[]")
     await services.turns.check_room(ticket.tenant, more_objects=0)
     await _change(request, lambda talk: Session([*talk.messages, *added], talk.token_ids, talk.facts))
     return listed(added)
@@ -93,13 +97,14 @@ async def add_items(request: Request) -> Response:
 
 async def item(request: Request) -> Response:
     """One item."""
-    query_of(request, "include", "include[]")
+    query_with_include(request)
     kept = await _named(request)
     return json_of(kept.session.messages[_place(kept.session.messages, request)])
 
 
 async def delete_item(request: Request) -> Response:
     """A conversation without one of its items, and without what was computed with it."""
+    query_of(request)
     await _change(request, lambda talk: without_item(talk, _place(talk.messages, request)))
     return json_of(shown(await _named(request)))
 

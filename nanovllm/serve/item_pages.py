@@ -1,7 +1,7 @@
 """Pages of items: OpenAI's list shape over what a stored turn holds.
 
-What it is: one function. What it knows nothing about: storage. Invariants: a page has at most 100 items; `after`
-names an item of the same list; newest first unless `order` is `asc`.
+What it is: the page, and the query that asks for it. What it knows nothing about: storage. Invariants: a page has at
+most 100 items; `after` names an item of the same list; newest first unless `order` is `asc`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.errors import InvalidRequestError, StateNotFoundError
+from nanovllm.errors import InvalidRequestError, StateNotFoundError, UnsupportedParameterError
 from nanovllm.serve.state_api import limit_of, query_of
 
 PAGE = "20"
 ORDERS = ("desc", "asc")
+INCLUDE, INCLUDABLE = ("include", "include[]"), "reasoning.encrypted_content"
 
 
 def item_page(request: Request, items: Sequence[Mapping[str, Any]]) -> Response:
     """The page that the query asks for. Raises InvalidRequestError, StateNotFoundError."""
-    asked = query_of(request, "after", "limit", "order", "include", "include[]")
+    asked = query_with_include(request, "after", "limit", "order")
     order = asked.get("order", ORDERS[0])
     if order not in ORDERS:
         raise InvalidRequestError("order is desc or asc.", param="order")
@@ -30,6 +31,15 @@ def item_page(request: Request, items: Sequence[Mapping[str, Any]]) -> Response:
     ordered = [*items] if order == "asc" else [*reversed(items)]
     start = _after(ordered, asked["after"]) if "after" in asked else 0
     return listed(ordered[start : start + limit], has_more=len(ordered) > start + limit)
+
+
+def query_with_include(request: Request, *known: str) -> dict[str, str]:
+    """As `query_of`; `include` may ask for what there never is, as in a body. Raises InvalidRequestError."""
+    asked = query_of(request, *known, *INCLUDE)
+    for name in INCLUDE:
+        if asked.pop(name, INCLUDABLE) != INCLUDABLE:
+            raise UnsupportedParameterError("There is nothing of that to include.", param="include", hint=INCLUDABLE)
+    return asked
 
 
 def listed(shown: Sequence[Mapping[str, Any]], *, has_more: bool = False) -> Response:

@@ -18,7 +18,7 @@ from nanovllm.errors import InvalidRequestError, UnsupportedParameterError
 from nanovllm.serve.answer import Answer
 from nanovllm.serve.chat_order import Asked, asked_of
 from nanovllm.serve.context import Services, Tenant, Ticket
-from nanovllm.serve.item_pages import item_page
+from nanovllm.serve.item_pages import item_page, query_with_include
 from nanovllm.serve.items import CONVERSATION, RESPONSE, Stored, messages_of, stored_items
 from nanovllm.serve.protocol import ChatRequest, SystemMessage
 from nanovllm.serve.reception import decoded, parts_of
@@ -27,6 +27,7 @@ from nanovllm.serve.response_draft import Draft, ResponseHead
 from nanovllm.serve.response_fields import asked_facts, chat_fields, echo_of, our_name, renamed
 from nanovllm.serve.response_protocol import ConversationName, ResponseRequest
 from nanovllm.serve.session_hint import session_of
+from nanovllm.serve.state_api import query_of
 from nanovllm.serve.turn import Turn
 from nanovllm.serve.turn_history import History, prompt_after
 from nanovllm.serve.turn_store import Kept
@@ -38,6 +39,7 @@ ONE = f"{PATH}/{{response_id}}"
 async def create(request: Request) -> Answer:
     """The answer, to be called by whoever sends it. Raises NanoVLLMError."""
     services, ticket = parts_of(request)
+    query_of(request)
     body = await decoded(request, services, ResponseRequest)
     session = session_of(request, body)
     _check(body)
@@ -58,13 +60,21 @@ async def create(request: Request) -> Answer:
 
 
 async def retrieve(request: Request) -> Response:
-    """A stored response, as it was answered."""
+    """A stored response, as it was answered; whole, because its events are not kept."""
+    asked = query_with_include(request, "stream", "starting_after")
+    if asked.get("stream", "false") != "false" or "starting_after" in asked:
+        raise UnsupportedParameterError(
+            "A stored response is given back whole.",
+            param="stream" if "stream" in asked else "starting_after",
+            hint="Leave it out; POST with stream: true streams the response while it is made.",
+        )
     kept = await _named(request)
     return Response(str(kept.session.facts["response"]), media_type="application/json")
 
 
 async def delete(request: Request) -> Response:
     """Out of every tier."""
+    query_of(request)
     services, ticket = parts_of(request)
     kept = await _named(request)
     await services.turns.drop(ticket.tenant, kept)

@@ -66,5 +66,5 @@ QUERIES: Mapping[tuple[str, str], tuple[dict[str, Any], ...]] = MappingProxyType
 )
 # statuses beside the usual ones of a call without a body
 CALLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {path: ("409", "504") if path == _ITEM else ("504",) for path, *_ in ENDPOINTS}
+    {path: ("400", "409", "504") if path == _ITEM else ("400", "504") for path, *_ in ENDPOINTS}
 )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import jsonschema_rs
 import pytest
-from openai import InternalServerError, NotFoundError, OpenAI
+from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI
 
 from nanovllm.serve import conversations, responses
 from nanovllm.serve.openapi import document
@@ -221,6 +221,30 @@ def test_ids_that_are_none_are_not_there(ai: OpenAI, tiny: Live) -> None:
             ask(ai, "x", conversation=bad)
         assert tiny.http.get(f"/v1/responses/{bad}").status_code == 404
     assert_at_rest(tiny.server)
+
+
+def test_a_query_that_is_not_understood_is_refused(ai: OpenAI, tiny: Live) -> None:
+    """Nothing is left unsaid: neither a stream of what is stored nor a parameter that does not exist."""
+    kept, talk = ask(ai, "x").id, ai.conversations.create(items=[{"role": "user", "content": "x"}]).id
+    [item] = ai.conversations.items.list(talk)
+    with pytest.raises(BadRequestError) as caught:
+        ai.responses.retrieve(kept, stream=True)
+    assert caught.value.body["param"] == "stream" and "whole" in caught.value.message
+    assert ai.responses.retrieve(kept, stream=False, include=["reasoning.encrypted_content"]).id == kept
+    refused = [
+        ("GET", f"/v1/responses/{kept}", "starting_after=3", "starting_after"),
+        ("GET", f"/v1/responses/{kept}", "include[]=file_search_call.results", "include"),
+        ("GET", f"/v1/responses/{kept}/input_items", "include=message.input_image.image_url", "include"),
+    ]
+    paths = {"response_id": kept, "conversation_id": talk, "item_id": item.id}
+    for route in (*responses.ROUTES, *conversations.ROUTES):
+        for method in route.methods - {"HEAD"}:
+            refused.append((method, route.path.format(**paths), "x=1", "x"))
+    for method, path, query, param in refused:
+        body = {"content": b"{}", "headers": {"content-type": "application/json"}} if method == "POST" else {}
+        answer = tiny.http.request(method, f"{path}?{query}", **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), (method, path, answer.text)
+    assert ai.responses.retrieve(kept).id == kept and ai.conversations.items.list(talk).data == [item]
 
 
 SHOUTING = """<|bos|>{% for m in messages %}<|im_start|>{{ m.role }}

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,30 +104,40 @@ def test_the_kv_of_a_named_session_is_written_before_its_answers_last_byte(
     with running(state_dir=str(tmp_path), num_blocks=512, write_behind_timeout=5.0) as live:
         disk = store_of(live).plane.places["disk"].tier
         write, gate = disk.write, threading.Event()
-        gate.set()
 
-        def slow(items: Any) -> None:
-            gate.wait(10)
-            time.sleep(0.02)
+        def held(items: Any) -> None:
+            gate.wait(20)
             write(items)
 
-        monkeypatch.setattr(disk, "write", slow)
-        chat = {"max_tokens": 20, "ignore_eos": True, "session_id": "s", "cache_salt": "salt"}
+        monkeypatch.setattr(disk, "write", held)
+        named = {"max_tokens": 20, "ignore_eos": True, "session_id": "s", "cache_salt": "salt"}
         for path, body in (
-            (CHAT, {**chat, "messages": [{"role": "user", "content": HERON}], "stream": True}),
-            (COMPLETIONS, {**chat, "prompt": [f"One {HERON}", f"Two {HERON}"], "n": 2, "temperature": 1}),
-            ("/v1/responses", {"input": f"Three {HERON}", "store": False, "prompt_cache_key": "s"}),
+            (CHAT, {**named, "messages": [{"role": "user", "content": HERON}], "stream": True}),
+            (COMPLETIONS, {**named, "prompt": [f"One {HERON}", f"Two {HERON}"], "n": 2, "temperature": 1}),
+            ("/v1/responses", {**ASKED, "input": f"Three {HERON}", "store": False, "prompt_cache_key": "s"}),
         ):
-            assert live.ask("POST", path, body).status == 200
+            gate.clear()
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(live.ask, "POST", path, body)
+                until(lambda: somebody_waits(live), "it does not wait for its KV")
+                assert not asked.done() and not is_written(live), path
+                gate.set()
+                assert asked.result().status == 200
             assert is_written(live), path
         gate.clear()
-        assert live.ask("POST", COMPLETIONS, {**chat, "session_id": None, "prompt": f"Four {HERON}"}).status == 200
+        assert live.ask("POST", COMPLETIONS, {**named, "session_id": None, "prompt": f"Four {HERON}"}).status == 200
         assert not is_written(live), "whoever names no session does not wait"
         impatient = replace(live.services.turns.config, write_behind_timeout=0.2)
         monkeypatch.setattr(live.services.turns, "config", impatient)
-        assert live.ask("POST", COMPLETIONS, {**chat, "prompt": f"Five {HERON}"}).status == 200, "nor does any forever"
+        assert live.ask("POST", COMPLETIONS, {**named, "prompt": f"Five {HERON}"}).status == 200, "nor does any forever"
         assert not is_written(live)
         gate.set()
+
+
+def somebody_waits(live: LiveServer) -> bool:
+    """For blocks to be written."""
+    assert live.engine is not None
+    return not live.engine.parts.state.written.is_empty
 
 
 def is_written(live: LiveServer) -> bool:

@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
 
 def messages(args: argparse.Namespace) -> list[str]:
     """What the user says, turn by turn; four characters are about a token."""
-    text = real_text()[: 4 * args.first_tokens]
+    text = real_text(4 * args.first_tokens)
     follow_ups = [FOLLOW_UPS[i % len(FOLLOW_UPS)] for i in range(args.turns - 1)]
     return [
         f"Read this text.\n\n{text}\n\nWhat is it about?",

@@ -121,8 +121,9 @@ def engine(args: argparse.Namespace, folder: str) -> LLM:
 
 def one_repeat(args: argparse.Namespace, llm: LLM, number: int) -> dict[str, dict[str, float]]:
     """Each kind with a text of its own, in every case."""
-    size = args.tokens * len(real_text()[:100_000]) // len(llm.tokenizer.encode(real_text()[:100_000]))
-    texts = [real_text()[(3 * number + i) * size :][:size] for i in range(3)]
+    size = args.tokens * 100_000 // len(llm.tokenizer.encode(real_text(100_000)))
+    whole = real_text(3 * (number + 1) * size)
+    texts = [whole[(3 * number + i) * size :][:size] for i in range(3)]
     assert llm.engine.parts.device_tier is not None
     block_bytes, figures = llm.engine.parts.device_tier.block_bytes, {}
     for make, text in zip((prefix, document, conversation), texts, strict=True):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -39,23 +40,50 @@ def config(**settings: object) -> EngineConfig:
     return EngineConfig.from_kwargs("tiny:random", **{"dtype": "float32", "kv_memory": "4MiB", **settings})
 
 
+class Running:
+    """A started engine and the loop it lives in."""
+
+    def __init__(self, own: bool, **settings: object) -> None:
+        self.runner = asyncio.Runner()
+        self.engine = AsyncEngine(config(**settings), in_process_of_its_own=own)
+        self.runner.run(self.engine.start())
+
+    def run(self, body: Body) -> None:
+        self.runner.run(asyncio.wait_for(body(self.engine), 60))
+
+    def close(self) -> None:
+        with self.runner:
+            self.runner.run(self.engine.close())
+        assert self.engine.num_live == 0 and self.engine.state == "dead"
+
+
 @pytest.fixture(params=["thread", "process"])
 def with_engine(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Run a coroutine function with a started engine; afterwards everything must be at rest."""
+    """Run a coroutine function with an engine of its own; afterwards everything must be at rest."""
 
     def run(body: Body, **settings: object) -> None:
-        async def whole() -> None:
-            engine = AsyncEngine(config(**settings), in_process_of_its_own=request.param == "process")
-            await engine.start()
-            try:
-                await asyncio.wait_for(body(engine), 60)
-            finally:
-                await engine.close()
-            assert engine.num_live == 0 and engine.state == "dead"
-
-        asyncio.run(whole())
+        with contextlib.closing(Running(request.param == "process", **settings)) as running:
+            running.run(body)
 
     return run
+
+
+@pytest.fixture(params=["thread", "process"], scope="module")
+def with_shared(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """The same with one engine for each settings; it must be at rest after every test."""
+    kept: dict[str, Running] = {}
+
+    def run(body: Body, **settings: object) -> None:
+        key = repr(settings)
+        if key not in kept:
+            kept[key] = Running(request.param == "process", **settings)
+        kept[key].run(body)
+        kept[key].run(at_rest)
+        assert kept[key].engine.num_live == 0
+
+    yield run
+    for one in kept.values():
+        one.close()
 
 
 async def tokens_of(stream: RequestStream) -> list[int]:
@@ -72,7 +100,7 @@ async def at_rest(engine: AsyncEngine) -> None:
     raise AssertionError(f"not at rest: {engine.stats}")
 
 
-def test_streams_equal_the_offline_engine(with_engine: Callable[..., None]) -> None:
+def test_streams_equal_the_offline_engine(with_shared: Callable[..., None]) -> None:
     prompts = [f"prompt number {i} " * (i + 1) for i in range(6)]
     with LLM("tiny:random", dtype="float32", kv_memory="4MiB") as llm:
         expected = [out.token_ids for out in llm.generate(prompts, GREEDY)]
@@ -89,10 +117,10 @@ def test_streams_equal_the_offline_engine(with_engine: Callable[..., None]) -> N
                 (timings.t_queue_ns, timings.t_schedule_ns, timings.t_prefill_ns, timings.t_return_ns)  # type: ignore[arg-type]
             )
 
-    with_engine(body)
+    with_shared(body)
 
 
-def test_a_slow_consumer_gets_everything_merged(with_engine: Callable[..., None]) -> None:
+def test_a_slow_consumer_gets_everything_merged(with_shared: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
         stream = engine.submit([1, 2, 3], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
         pieces = []
@@ -102,10 +130,10 @@ def test_a_slow_consumer_gets_everything_merged(with_engine: Callable[..., None]
         assert sum(len(delta.token_ids) for deltas in pieces for delta in deltas) == 50
         assert len(pieces) < 50
 
-    with_engine(body)
+    with_shared(body)
 
 
-def test_an_early_close_frees_the_blocks_within_two_steps(with_engine: Callable[..., None]) -> None:
+def test_an_early_close_frees_the_blocks_within_two_steps(with_shared: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
         stream = engine.submit([1] * 100, ENDLESS)
         async for _ in stream:
@@ -117,10 +145,10 @@ def test_an_early_close_frees_the_blocks_within_two_steps(with_engine: Callable[
         assert engine.stats.steps < steps + 50  # of the 1,900 it would have taken
         stream.close()
 
-    with_engine(body)
+    with_shared(body)
 
 
-def test_what_can_never_be_served_is_refused_at_once(with_engine: Callable[..., None]) -> None:
+def test_what_can_never_be_served_is_refused_at_once(with_shared: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
         with pytest.raises(ContextLengthError):
             engine.submit([1] * 5000, GREEDY)
@@ -128,10 +156,10 @@ def test_what_can_never_be_served_is_refused_at_once(with_engine: Callable[..., 
             engine.submit([], GREEDY)
         assert engine.num_live == 0
 
-    with_engine(body)
+    with_shared(body)
 
 
-def test_deadlines(with_engine: Callable[..., None]) -> None:
+def test_deadlines(with_shared: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
         long = engine.submit([1] * 16, ENDLESS, timeout_s=0.4)
         waiting = engine.submit([2] * 16, GREEDY, queue_timeout_s=0.2)
@@ -142,10 +170,10 @@ def test_deadlines(with_engine: Callable[..., None]) -> None:
         await at_rest(engine)
         assert len(await tokens_of(engine.submit([3], GREEDY, queue_timeout_s=30, timeout_s=30))) == 12
 
-    with_engine(body, max_num_seqs=1)
+    with_shared(body, max_num_seqs=1)
 
 
-def test_on_start_is_called_once_when_the_request_left_the_queue(with_engine: Callable[..., None]) -> None:
+def test_on_start_is_called_once_when_the_request_left_the_queue(with_shared: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
         calls: list[str] = []
         first = engine.submit([1], GREEDY, on_start=lambda: calls.append("first"))
@@ -154,7 +182,7 @@ def test_on_start_is_called_once_when_the_request_left_the_queue(with_engine: Ca
         await tokens_of(second)
         assert calls == ["first", "second"]
 
-    with_engine(body, max_num_seqs=1)
+    with_shared(body, max_num_seqs=1)
 
 
 def test_draining_lets_the_living_end_and_takes_no_more(with_engine: Callable[..., None]) -> None:
@@ -182,7 +210,7 @@ def test_what_lives_after_the_drain_fails(with_engine: Callable[..., None]) -> N
     with_engine(body)
 
 
-def test_grammars_are_compiled_beside_the_engine(with_engine: Callable[..., None]) -> None:
+def test_grammars_are_compiled_beside_the_engine(with_shared: Callable[..., None]) -> None:
     """A sound one shapes the text, a broken one is this request's error, an early close is harmless."""
 
     async def text_of(stream: RequestStream) -> str:
@@ -199,10 +227,10 @@ def test_grammars_are_compiled_beside_the_engine(with_engine: Callable[..., None
         await text_of(streams[2])
         await at_rest(engine)
 
-    with_engine(body)
+    with_shared(body)
 
 
-def test_aborts_at_random_moments_leave_nothing(with_engine: Callable[..., None]) -> None:
+def test_aborts_at_random_moments_leave_nothing(with_shared: Callable[..., None]) -> None:
     """Double aborts, aborts after the end, aborts of unknown ids: 1,000 of them."""
     rng = random.Random(7)
 
@@ -222,7 +250,7 @@ def test_aborts_at_random_moments_leave_nothing(with_engine: Callable[..., None]
             await asyncio.gather(*(one(i) for i in range(70)))
         await at_rest(engine)
 
-    with_engine(body)
+    with_shared(body)
 
 
 def test_a_model_that_is_not_there_is_said_at_start() -> None:

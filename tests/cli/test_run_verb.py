@@ -30,8 +30,8 @@ def test_the_answer_alone_is_on_stdout(nanovllm: Run) -> None:
     assert re.search(r"^decode: 5 gaps, median [\d.,]+ ms, P99 [\d.,]+ ms, [\d.,]+ tokens/s", done.stderr, re.MULTILINE)
 
 
-def test_json_is_one_document(command: Run) -> None:
-    done = command(*TINY, "hello", "--max-tokens", "4", "--json", "--quiet")
+def test_json_is_one_document(nanovllm: Run) -> None:
+    done = nanovllm(*TINY, "hello", "--max-tokens", "4", "--json", "--quiet")
     document = json.loads(done.stdout)
     assert done.returncode == 0 and done.stderr == ""
     assert document["model"] == "tiny:random" and document["finish_reason"] == "length"

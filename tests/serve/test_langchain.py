@@ -76,13 +76,19 @@ def stateful(smollm2: Live) -> ChatOpenAI:
     )
 
 
-def test_a_conversation_that_the_server_keeps(stateful: ChatOpenAI, smollm2: Live) -> None:
+@pytest.fixture(scope="module")
+def brief(stateful: ChatOpenAI) -> ChatOpenAI:
+    """The same where what is said does not matter."""
+    return stateful.model_copy(update={"max_tokens": 12})
+
+
+def test_a_conversation_that_the_server_keeps(brief: ChatOpenAI, smollm2: Live) -> None:
     """Only the last message is sent; what came before is found in the tokens that it was computed in."""
     talk: list[BaseMessage] = []
     total = 0
     for said in ("My name is Ada and I like herons.", "Where do they nest?", "What is my name?"):
         talk.append(HumanMessage(said))
-        answer = stateful.invoke(talk)
+        answer = brief.invoke(talk)
         assert answer.response_metadata["id"].startswith("resp_") and answer.text
         usage = answer.usage_metadata
         assert usage["input_token_details"]["cache_read"] >= max(0, total - 1) // 16 * 16
@@ -93,19 +99,18 @@ def test_a_conversation_that_the_server_keeps(stateful: ChatOpenAI, smollm2: Liv
     assert [item["role"] for item in kept["data"]] == ["user", "assistant"] * 2 + ["user"]
 
 
-def test_the_kept_conversation_streams_and_calls(stateful: ChatOpenAI) -> None:
+def test_the_kept_conversation_streams_and_calls(stateful: ChatOpenAI, brief: ChatOpenAI) -> None:
     talk: list[BaseMessage] = [HumanMessage("Say hello.")]
     joined = None
-    for chunk in stateful.stream(talk):
+    for chunk in brief.stream(talk):
         joined = chunk if joined is None else joined + chunk
-    assert joined is not None and joined.text == stateful.invoke(talk).text
+    assert joined is not None and joined.text == brief.invoke(talk).text
     forced = stateful.bind_tools([Weather], tool_choice="Weather", parallel_tool_calls=False)
     question = HumanMessage("What is the weather in Rome, in celsius?")
     called = forced.invoke([question])
     assert [call["name"] for call in called.tool_calls] == ["Weather"]
-    after = stateful.bind_tools([Weather]).invoke(
-        [question, called, ToolMessage("22 degrees", tool_call_id=called.tool_calls[0]["id"])]
-    )
+    result = ToolMessage("22 degrees", tool_call_id=called.tool_calls[0]["id"])
+    after = brief.bind_tools([Weather]).invoke([question, called, result])
     assert after.text or after.tool_calls
 
 

@@ -80,8 +80,15 @@ def test_an_idle_server_ends_at_once_and_idle_connections_do_not_hold_it(process
     assert "Traceback" not in running.errors()
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("flags", [(), ("--engine-process",)], ids=["thread", "process"])
+@pytest.mark.parametrize(
+    ("flags", "second"),
+    [
+        pytest.param((), signal.SIGINT, id="thread-2"),
+        pytest.param(("--engine-process",), signal.SIGTERM, id="process-15"),
+        pytest.param((), signal.SIGTERM, id="thread-15", marks=pytest.mark.long),
+        pytest.param(("--engine-process",), signal.SIGINT, id="process-2", marks=pytest.mark.long),
+    ],
+)
 def test_a_second_signal_ends_it_now(process: Start, flags: tuple[str, ...], second: signal.Signals) -> None:
     running = process("--shutdown-timeout", "600", *flags)
     children = running.children()

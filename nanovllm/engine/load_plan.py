@@ -10,6 +10,7 @@ what loading saves a token grows along the prefix. Where the tier changes, the r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanovllm.state.objects import KVBlock
 from nanovllm.state.plane import Plane
 
 AUTO, ALWAYS, NEVER = STATE_LOADS
+ASK_SHARE, MIN_ASK_MS = 0.25, 20.0  # of what computing would take; a thread is woken within it on a busy machine
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ def plan_load(
         return options[-1]
     best = max(options, key=lambda plan: (plan.compute_ms or 0.0) - plan.load_ms)
     return best if best.is_worth_it else options[-1]
+
+
+def ask_ms(cached: int, new: int, costs: StepCosts, mode: str) -> float:
+    """How long to wait for a shared tier to say what it has: asking may not cost much of what it could save."""
+    return max(MIN_ASK_MS, ASK_SHARE * costs.ms(cached, new)) if mode == AUTO and costs.is_known else math.inf
 
 
 def _plan(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.device_state_tier import DeviceStateTier, store_namespace
 from nanovllm.engine.kv_state import Binding, DeviceState, Match, TransferReport
-from nanovllm.engine.load_plan import AUTO, NEVER, LoadPlan, blocks_below, plan_load
+from nanovllm.engine.load_plan import AUTO, NEVER, LoadPlan, ask_ms, blocks_below, plan_load
 from nanovllm.engine.moves import Moves
 from nanovllm.engine.prefix_index import Block
 from nanovllm.engine.sequence import Sequence
@@ -215,8 +215,10 @@ class TieredState(DeviceState):
         return is_over
 
     def _is_looked_up(self, load: PendingLoad) -> bool:
-        """Whether the shared tiers have answered; then what they have is planned with the rest."""
-        if not all(transfer.done for transfer in load.lookups or ()):
+        """Whether the shared tiers have answered, or took too long; what is known then is planned."""
+        seq = load.seq
+        most_ms = ask_ms(seq.num_cached_tokens, seq.num_remaining_tokens, self.costs, self.load_mode)
+        if not all(transfer.done for transfer in load.lookups or ()) and self._waited_ms(load) < most_ms:
             return False
         load.lookups = None
         load.plan = self._plan(load.seq, self._blocks(load.seq, load.first))
@@ -248,8 +250,10 @@ class TieredState(DeviceState):
         return chunk.num_blocks
 
     def _is_late(self, load: PendingLoad) -> bool:
-        waited_ms = (self.store.plane.clock.now_ns() - load.started_ns) / MILLISECOND
-        return waited_ms >= self.store.plane.settings.read_deadline_ms
+        return self._waited_ms(load) >= self.store.plane.settings.read_deadline_ms
+
+    def _waited_ms(self, load: PendingLoad) -> float:
+        return (self.store.plane.clock.now_ns() - load.started_ns) / MILLISECOND
 
     def _end(self, load: PendingLoad) -> TransferReport:
         """Take the load off the books; what came is reported, and the receipt says what was expected."""

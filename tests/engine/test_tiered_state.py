@@ -142,6 +142,26 @@ def test_a_load_holds_nobody_up_and_its_time_is_told() -> None:
     assert final.timeline.state_wait_ns == 6_000_000 <= final.timeline.t_queue_ns
 
 
+@pytest.mark.parametrize(("load_mode", "waits_ms"), [("auto", 30), ("always", 50)])
+def test_asking_a_shared_tier_may_not_cost_much_of_what_it_could_save(load_mode: str, waits_ms: int) -> None:
+    """A quarter of the 120 ms that computing takes, where it may decide; else the tier's deadline."""
+    bench = StateBench(load_mode=load_mode)
+    bench.cellar.shared, bench.lane.is_open = True, False  # type: ignore[misc]
+    bench.state.costs.observe(30, 120.0)
+    bench.engine.add_request(PROMPT, greedy(3), request_id="slow")
+    waited_ms = 0
+    bench.bench.step()
+    while status_of(bench, "slow") is SequenceStatus.WAITING_FOR_STATE:
+        bench.clock.advance(10_000_000)
+        waited_ms += 10
+        bench.bench.step()
+    assert waited_ms == waits_ms
+    bench.lane.is_open = True
+    bench.lane.run()
+    final = bench.bench.drain()["slow"]
+    assert final.token_ids == answer(PROMPT, 3, VOCAB) and final.cached_tokens == 0
+
+
 def test_a_step_copies_no_more_than_its_share() -> None:
     bench = warm()
     bench.engine.add_request(PROMPT, greedy(1), request_id="slow")

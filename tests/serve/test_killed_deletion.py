@@ -16,7 +16,7 @@ import pytest
 
 from nanovllm.models.byte_tokenizer import ByteTokenizer
 from nanovllm.state.envelope import pack_tokens
-from tests.serve.servers import Client, ServerProcess, running
+from tests.serve.servers import Client, ServerProcess, running, until
 
 Process = Callable[..., ServerProcess]
 LONG = (pytest.mark.long, pytest.mark.timeout(1800))
@@ -51,12 +51,13 @@ def contents(folder: Path) -> bytes:
 
 def traces(folder: Path, kind: str) -> list[bytes]:
     """What must not be there any more: pieces of the text, of its tokens, and of the KV behind these."""
-    text, whole = TEXTS[kind], contents(folder)
-    ids = ByteTokenizer().encode(text)
+    text, ids = TEXTS[kind], ByteTokenizer().encode(TEXTS[kind])
     runs = [pack_tokens(ids[i : i + 8]) for i in range(len(ids) - 8)]
+    until(lambda: bool(found(folder, runs)), "its KV is not written behind")
+    whole = contents(folder)
     labels = [at for run in runs if (at := whole.find(run)) >= 0]
     kv = [whole[at + 1000 : at + 1064] for at in labels]
-    assert labels and all(any(piece) for piece in kv)
+    assert all(any(piece) for piece in kv)
     pieces = [text[i : i + 12].encode() for i in range(len(text) - 12)]
     return [*pieces, *runs, *kv]
 

@@ -78,10 +78,12 @@ class DiskTier:
         return [key in self.files or key in self.segments for key in keys]
 
     def drop(self, keys: Sequence[bytes], *, scrub: bool = False) -> None:
-        """Durable ones are gone for good when it returns; frames are marked, or zeroed."""
+        """Frames are marked, or zeroed; then durable ones go, for good when it returns.
+
+        In this order: whoever is killed in between still has the text, and so the name under which all goes."""
         self._writable()
-        self.files.drop(keys)
         self.segments.drop(keys, scrub=scrub)
+        self.files.drop(keys)
         self.segments.collect()
 
     def scan(self) -> Iterator[Found]:

@@ -7,7 +7,7 @@ one that a server's conversation of that name is; the prompt goes on in the toke
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,11 @@ KIND = "session"
 def check_session(name: str) -> str:
     """Raise InvalidRequestError for a name that no conversation can have."""
     if name.startswith(RESERVED):
-        raise InvalidRequestError(f"A session's name does not begin with {' or '.join(RESERVED)}.", param="session")
+        raise InvalidRequestError(
+            f"A session's name does not begin with {' or '.join(RESERVED)}.",
+            param="session",
+            hint="Ids do: choose another name.",
+        )
     return check_name(name, "session")
 
 
@@ -50,6 +54,7 @@ class KeptAnswers(LocalAnswers):
         self._state_id: str | None = None
         self._items: list[Any] = []
         self._known: list[int] = []
+        self._metadata: Mapping[str, str] = {}  # a server's client's
         self._prompt: list[int] = []
         self._made: list[int] = []
         self._final: RequestOutput | None = None
@@ -87,7 +92,7 @@ class KeptAnswers(LocalAnswers):
         self._items += [message_item(message["role"], message["content"]) for message in said]
         prompt = self._prompt if self._final is None else self._final.prompt_token_ids
         self._known = [*prompt, *self._made] if prompt else []  # of a stopped answer with documents it is not known
-        session = Session(self._items, self._known, {"object": CONVERSATION, "metadata": {}})
+        session = Session(self._items, self._known, {"object": CONVERSATION, "metadata": self._metadata})
         if self._state_id is None:
             metadata = {"kind": KIND, "name": self._name}
             self._state_id = str(self._llm.state_store.put(session, metadata))
@@ -100,7 +105,7 @@ class KeptAnswers(LocalAnswers):
         super().forget()
         if self._state_id is not None:
             self._llm.state_store.drop(self._state_id)
-        self._state_id, self._items, self._known = None, [], []
+        self._state_id, self._items, self._known, self._metadata = None, [], [], {}
 
     def _find(self) -> None:
         store = self._llm.state_store
@@ -110,12 +115,21 @@ class KeptAnswers(LocalAnswers):
             return
         session = store.get(obj.state_id)
         if not isinstance(session, Session) or session.facts.get("object") != CONVERSATION:
-            raise InvalidRequestError(f"{self._name} is kept here, but is no conversation.", param="session")
+            raise InvalidRequestError(
+                f"{self._name} is kept here, but is no conversation.",
+                param="session",
+                hint=f"Choose another name; `nanovllm state show {self._name}` tells what it is.",
+            )
         if any(item["type"] != "message" for item in session.messages):
-            raise InvalidRequestError(f"Session {self._name} has calls of functions, which chat does not know.")
+            raise InvalidRequestError(
+                f"Session {self._name} has calls of functions, which chat does not know.",
+                param="session",
+                hint="Choose another name, or go on with it through /v1/responses of a server.",
+            )
         vocabulary = self._llm.tokenizer.vocab_size  # another model's tokens may be none of this one's
         known = [*session.token_ids] if max(session.token_ids, default=0) < vocabulary else []
         self._state_id, self._items, self._known = obj.state_id, [*session.messages], known
+        self._metadata = session.facts.get("metadata", {})
 
 
 def found_of(prompt: int, tiers: dict[str, int]) -> str:

@@ -113,6 +113,15 @@ def _decoded(answer: bytes) -> Any:
         raise RemoteError("The server sent no JSON; it may be no nanovllm server.", code="not_json") from None
 
 
+def _checked(text: str, system: str | None, template: str | None) -> Document:
+    """A document as a server would take it. Raises InvalidRequestError."""
+    from nanovllm.engine.knowledge_prompt import check_template  # brings templates, which no other verb needs
+
+    if template is not None:
+        check_template(template)
+    return Document(text, (), system or "", template or "")
+
+
 class FolderPlace:
     """A folder's store, opened by this process for one call. No model is known here."""
 
@@ -139,13 +148,18 @@ class FolderPlace:
 
     def _upload(self, *, text: str, scope: str, wait: bool, system: Any, template: Any, **about: Any) -> Any:
         if wait:
-            raise InvalidRequestError("No engine has this folder: there is nothing to wait for.", param="wait")
-        document = Document(text, (), system or "", template or "")
+            raise InvalidRequestError(
+                "No engine has this folder: there is nothing to wait for.",
+                param="wait",
+                hint="Leave --wait out, or put it on a server (--url) that has the folder.",
+            )
+        document = _checked(text, system, template)
         namespace = PUBLIC if scope == "public" else DEFAULT_NAMESPACE
-        state_id = self._store.put(document, {**about, "kind": "knowledge", "namespace": namespace})
+        kept = self._store.find(self._store.put(document, {**about, "kind": "knowledge", "namespace": namespace}))
+        facts: dict[str, Any] = {"name": kept.name, "version": kept.version, "scope": scope}
+        facts |= {"tokens": kept.num_tokens, "durable": kept.durable}
         left = {"status": "left", "reason": "no engine has this folder: the first question computes it"}
-        facts = {"name": about["name"], "version": about["version"], "scope": scope, "tokens": 0, "durable": True}
-        return {"state_id": str(state_id), **facts, "prefill": {**left, "cached_tokens": 0}, "pin": None}
+        return {"state_id": kept.state_id, **facts, "prefill": {**left, "cached_tokens": 0}, "pin": None}
 
     def _show(self, **named: Any) -> Any:
         found = self._store.find(**named)

@@ -58,7 +58,8 @@ def print_document(kept: Mapping[str, Any]) -> None:
     """What was kept, and what became of its KV."""
     label = kept["name"] if kept["version"] is None else f"{kept['name']}@{kept['version']}"
     where = "on the disk" if kept["durable"] else "in memory, and gone with it"
-    _line(f"{label} is kept {where}: {kept['state_id']}, {kept['scope']}, a path of {kept['tokens']:,} tokens.")
+    path = f"a path of {kept['tokens']:,} tokens" if kept["tokens"] else "not tokenized yet"
+    _line(f"{label} is kept {where}: {kept['state_id']}, {kept['scope']}, {path}.")
     prefill = kept["prefill"]
     _line(f"KV {prefill['status']}: {prefill['reason']}; {prefill['cached_tokens']:,} tokens of it were found.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import pytest
 
 from nanovllm.cli.flags import Setup
 from nanovllm.cli.kept_chat import kept_setup
+from nanovllm.state.objects import Session
+from nanovllm.state.store import StateStore
 from tests.serve.servers import LiveServer, running
 from tests.terminal import read_until
 
@@ -96,7 +99,22 @@ def test_a_folder_is_the_same_to_both(nanovllm: Run, tmp_path: Path) -> None:
     with running(state_dir=str(tmp_path), num_blocks=256) as live:
         remote = ("chat", "--url", live.server.url, "--session", "both", "--max-tokens", "6")
         assert "goes on: 2 messages" in nanovllm(*remote, stdin="two\n").stderr
-    assert "goes on: 4 messages" in nanovllm(*local, stdin="").stderr
+        [talk] = live.get("/v1/conversations?name=both").json["data"]
+        assert live.ask("POST", f"/v1/conversations/{talk['id']}", {"metadata": {"topic": "herons"}}).status == 200
+    assert "goes on: 4 messages" in nanovllm(*local, stdin="three\n").stderr
+    shown = nanovllm("state", "show", "both", "--state-dir", str(tmp_path), "--json").stdout
+    assert json.loads(shown)["content"]["facts"]["metadata"] == {"topic": "herons"}, "what a client wrote stays"
+
+
+def test_what_is_no_conversation_of_chats_says_how_to_go_on(nanovllm: Run, tmp_path: Path) -> None:
+    """A session of the state plane, and a conversation with calls."""
+    call = {"type": "function_call", "id": "fc", "call_id": "c", "name": "f", "arguments": "{}"}
+    with StateStore.open(tmp_path) as store:
+        store.put([{"role": "user", "content": "x"}], {"name": "plain", "kind": "session"})
+        store.put(Session([call], (), {"object": "conversation"}), {"name": "called", "kind": "session"})
+    for name, mend in (("plain", "nanovllm state show plain"), ("called", "/v1/responses"), ("conv_x", "another name")):
+        done = nanovllm(*CHAT, "--session", name, "--state-dir", str(tmp_path), stdin="x\n")
+        assert done.returncode == 2 and mend in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

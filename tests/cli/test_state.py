@@ -123,7 +123,18 @@ def test_a_document_is_uploaded_and_asked_about(nanovllm: Run, owner: tuple[Live
         assert nanovllm("state", "put", "x", *flags, "--url", url, **KEY).returncode == 2
     done = nanovllm("state", "put", text, *about, "--state-dir", folder)
     assert done.returncode == 0 and "KV left: no engine has this folder" in done.stdout
-    assert nanovllm("state", "put", text, *about, "--wait", "--state-dir", folder).returncode == 2
+    assert "library@1 is kept on the disk: " in done.stdout and "not tokenized yet" in done.stdout
+    [stored] = json.loads(nanovllm("state", "ls", "--state-dir", folder, "--json").stdout)["objects"]
+    told = json.loads(nanovllm("state", "put", text, *about, "--state-dir", folder, "--json").stdout)
+    assert (told["durable"], told["tokens"]) == (stored["durable"], stored["num_tokens"]) == (True, 0)
+    for given, mend in (
+        ((text, *about, "--wait"), "Leave --wait out"),
+        ((text, *about, "--template", "no slot"), "must have {document} once"),
+        ((text, *about, "--template", ""), "must have {document} once"),
+        (("", *about), "a text with a --name"),
+    ):
+        done = nanovllm("state", "put", *given, "--state-dir", folder)
+        assert done.returncode == 2 and mend in done.stderr, done.stderr
     assert "system: 'Answer from it.'" in nanovllm("state", "show", "library", "--state-dir", folder).stdout
     offline = ("chat", "tiny:random", "--dtype", "float32", "--state-dir", folder, *ask)
     done = nanovllm(*offline, stdin="When?\n/timeline\n")

@@ -1,4 +1,7 @@
-"""S11: a shared server that is killed, paused, slow, full, flushed, closed or full of lies. Serving goes on, exact."""
+"""S11: a shared server that is killed, paused, slow, full, flushed, closed, cut off or full of lies. Serving goes on.
+
+Its tokens are those of a cold run. What each costs in time: `tests/exact/test_remote_ttft.py`.
+"""
 
 from __future__ import annotations
 
@@ -73,17 +76,20 @@ def slow(one: Shared) -> None:
     one.proxy.delay_s = 0.6  # more than the client waits
 
 
+LONG = ("paused", "parted", "closed")  # to a client they are as the others
 Fault = Callable[[Shared], object]
 GONE: dict[str, Fault] = {
     "killed": lambda one: (one.process.kill(), one.process.wait()),
     "paused": lambda one: os.kill(one.process.pid, signal.SIGSTOP),
     "slow": slow,
+    "parted": lambda one: setattr(one.proxy, "is_parted", True),
+    "cut": lambda one: setattr(one.proxy, "cut_after", 0),
     "closed": lambda one: (one.client.config_set("requirepass", "secret"), one.client.client_kill_filter(skipme=True)),
 }
 
 
 @pytest.mark.parametrize("requests", REQUESTS)
-@pytest.mark.parametrize("fault", GONE)
+@pytest.mark.parametrize("fault", ["killed", "slow", "cut", *(pytest.param(f, marks=pytest.mark.long) for f in LONG)])
 def test_a_server_that_does_not_answer_costs_a_few_waits(
     cold: list[int],  # noqa: F811
     tmp_path: Path,

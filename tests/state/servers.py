@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import redis
 
 BINARY = shutil.which("valkey-server") or shutil.which("redis-server")
+AGAIN_S = 0.2  # Linux sends a lost TCP segment again after this at the earliest
 needs_server = pytest.mark.skipif(BINARY is None, reason="needs valkey-server or redis-server")
 
 
@@ -60,11 +62,19 @@ def running_server(folder: Path, *options: str) -> Iterator[tuple[str, subproces
 
 
 class Proxy:
-    """A TCP proxy in front of a server: `delay_s` for each piece that comes back, and how many bytes that were."""
+    """A TCP proxy in front of a server, and what a network does: the answers are slow, stall, end early or never come.
+
+    `bytes_back` counts what came back.
+    """
 
     def __init__(self, url: str) -> None:
         self._target = int(url.rpartition(":")[2].partition("/")[0])
-        self.delay_s, self.bytes_back = 0.0, 0
+        self.bytes_back = 0
+        self.delay_s = 0.0  # before each piece that comes back
+        self.loss = 0.0  # the share of these that are lost first, and sent again after `AGAIN_S`
+        self.is_parted = False  # what is sent goes nowhere, and nobody says so
+        self.cut_after: int | None = None  # bytes back after which a connection ends
+        self._rng = random.Random(11)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -87,8 +97,20 @@ class Proxy:
 
     def _pump(self, source: socket.socket, sink: socket.socket, is_back: bool) -> None:
         with contextlib.suppress(OSError), source, sink:
+            back = 0
             while data := source.recv(1 << 16):
+                if self.is_parted:
+                    continue
                 if is_back:
-                    self.bytes_back += len(data)
-                    time.sleep(self.delay_s)
+                    back += len(data)
+                    self._hold_up(len(data))
+                    if self.cut_after is not None and back > self.cut_after:
+                        sink.shutdown(socket.SHUT_RDWR)
+                        return
                 sink.sendall(data)
+
+    def _hold_up(self, size: int) -> None:
+        self.bytes_back += size
+        while self._rng.random() < self.loss:
+            time.sleep(AGAIN_S)
+        time.sleep(self.delay_s)

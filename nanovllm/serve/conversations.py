@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from nanovllm.errors import InvalidRequestError, StateNotFoundError
 from nanovllm.serve.item_pages import item_page, listed, query_with_include
-from nanovllm.serve.items import CONVERSATION, RESERVED, stored_items
+from nanovllm.serve.items import CONVERSATION, RESERVED, check_count, stored_items
 from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.response_protocol import ConversationRequest, ConversationUpdate, ItemsRequest
 from nanovllm.serve.state_api import json_of, query_of
@@ -91,7 +91,12 @@ async def add_items(request: Request) -> Response:
     query_with_include(request)
     added = stored_items((await decoded(request, services, ItemsRequest)).items, "items")
     await services.turns.check_room(ticket.tenant, more_objects=0)
-    await _change(request, lambda talk: Session([*talk.messages, *added], talk.token_ids, talk.facts))
+
+    def longer(talk: Session) -> Session:
+        check_count(len(talk.messages) + len(added), services.limits, "items")
+        return Session([*talk.messages, *added], talk.token_ids, talk.facts)
+
+    await _change(request, longer)
     return listed(added)
 
 

@@ -11,7 +11,10 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from nanovllm.errors import InvalidRequestError
+from nanovllm.serve.config import Limits
 from nanovllm.serve.protocol import (
     AssistantMessage,
     DeveloperMessage,
@@ -39,6 +42,12 @@ _SPEAKERS: dict[str, Any] = {"user": UserMessage, "system": SystemMessage, "deve
 def new_id(kind: str) -> str:
     """An id that nobody can guess."""
     return f"{_PREFIXES.get(kind, kind)}_{secrets.token_hex(24)}"
+
+
+def check_count(count: int, limits: Limits, param: str) -> None:
+    """Raise InvalidRequestError for more items than a conversation may have; asked before each is looked at."""
+    if count > limits.messages:
+        raise InvalidRequestError(f"A conversation has at most {limits.messages} items.", param=param)
 
 
 def stored_items(given: str | Sequence[Item], param: str = "input") -> list[Stored]:
@@ -85,8 +94,17 @@ def _stored(item: Item, param: str) -> Stored:
         role = str(item.role)
         return {**status, "role": role, "content": [_part(role, text) for text in _texts(item.content or "")]}
     if kind == "function_call":
+        _check_arguments(item.arguments, f"{param}.arguments")
         return {**status, "call_id": item.call_id, "name": item.name, "arguments": item.arguments}
     return {**status, "call_id": item.call_id, "output": "\n".join(_texts(item.output or ""))}
+
+
+def _check_arguments(given: str | None, param: str) -> None:
+    """Templates read them as an object."""
+    try:
+        msgspec.json.decode(given or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidRequestError(f"{param} is not a JSON object.", param=param, hint='Send "{}" for none.') from None
 
 
 def _part(role: str, text: str) -> Stored:

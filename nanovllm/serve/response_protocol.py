@@ -27,6 +27,7 @@ from nanovllm.serve.protocol import (
 
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 MAX_ITEMS = 20  # that one call may add to a conversation
+MAX_PARTS = 1024  # of one item
 MetadataKey = Annotated[str, Meta(max_length=MAX_KEY)]
 MetadataValue = Annotated[str, Meta(max_length=MAX_VALUE)]
 UserMetadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=MAX_METADATA)]
@@ -60,7 +61,7 @@ class RefusalPart(Struct, tag_field="type", tag="refusal", forbid_unknown_fields
 
 
 Part = InputText | OutputText | PlainText | RefusalPart
-ItemContent = str | list[Part]
+ItemContent = str | Annotated[list[Part], Meta(max_length=MAX_PARTS)]
 
 
 class Item(Struct, kw_only=True, forbid_unknown_fields=True):

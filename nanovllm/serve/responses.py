@@ -17,9 +17,10 @@ from starlette.routing import Route
 from nanovllm.errors import InvalidRequestError, UnsupportedParameterError
 from nanovllm.serve.answer import Answer
 from nanovllm.serve.chat_order import Asked, asked_of
+from nanovllm.serve.config import Limits
 from nanovllm.serve.context import Services, Tenant, Ticket
 from nanovllm.serve.item_pages import item_page, query_with_include
-from nanovllm.serve.items import CONVERSATION, RESPONSE, Stored, messages_of, stored_items
+from nanovllm.serve.items import CONVERSATION, RESPONSE, Stored, check_count, messages_of, stored_items
 from nanovllm.serve.protocol import ChatRequest, SystemMessage
 from nanovllm.serve.reception import decoded, parts_of
 from nanovllm.serve.response_answer import ResponseStream, ResponseWhole
@@ -42,7 +43,7 @@ async def create(request: Request) -> Answer:
     query_of(request)
     body = await decoded(request, services, ResponseRequest)
     session = session_of(request, body)
-    _check(body)
+    _check(body, services.limits)
     is_kept = body.store is not False
     if is_kept or body.conversation is not None:
         await services.turns.check_room(ticket.tenant, more_objects=int(is_kept))
@@ -96,7 +97,8 @@ ROUTES = (
 )
 
 
-def _check(body: ResponseRequest) -> None:
+def _check(body: ResponseRequest, limits: Limits) -> None:
+    check_count(0 if isinstance(body.input, str) else len(body.input), limits, "input")
     if body.previous_response_id is not None and body.conversation is not None:
         raise InvalidRequestError(
             "previous_response_id and conversation exclude each other.",

@@ -120,6 +120,12 @@ class TurnStore:
             await self._call("update", obj=session, generation=kept.obj.generation, **where)
         except StateConflictError:
             raise _conflict() from None
+        except StateNotFoundError:
+            raise StateNotFoundError(
+                "The conversation was deleted meanwhile, or has expired.",
+                param="conversation",
+                hint="Begin another one.",
+            ) from None
         except (StateRefusedError, InvalidRequestError) as error:
             raise _in_our_words(error) from None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from openai import APIStatusError, ConflictError, NotFoundError, OpenAI
+from openai import APIStatusError, BadRequestError, ConflictError, NotFoundError, OpenAI
 
 from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ai, ask, clients, own, texts
 from tests.serve.servers import LiveServer, assert_at_rest, running, until
@@ -64,6 +64,23 @@ def test_its_life(ai: OpenAI, tiny: Live) -> None:
     with pytest.raises(NotFoundError) as caught:
         ask(ai, "x", conversation=talk.id)
     assert caught.value.body["param"] == "conversation"
+
+
+def test_nothing_is_added_that_no_turn_could_read(ai: OpenAI, server: Callable[..., LiveServer]) -> None:
+    """Else every later turn would fail, until somebody found out which item is to be deleted."""
+    talk = ai.conversations.create()
+    for arguments in ("x", "[]", '{"a":', "[" * 10_000):
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}
+        with pytest.raises(BadRequestError) as caught:
+            ai.conversations.items.create(talk.id, items=[call])  # type: ignore[list-item]
+        assert caught.value.body["param"] == "items[0].arguments"
+    few = server(num_blocks=256, limit_messages=3)
+    talk_id = few.ask("POST", "/v1/conversations", {}).json["id"]
+    statuses = []
+    for _ in range(2):
+        said = {"items": [{"role": "user", "content": "x"}] * 2}
+        statuses.append(few.ask("POST", f"/v1/conversations/{talk_id}/items", said).status)
+    assert statuses == [200, 400]
 
 
 def test_a_name_finds_it_again_and_is_given_once(tiny: Live) -> None:

@@ -168,6 +168,26 @@ def test_a_deletion_leaves_no_byte_in_any_tier(tmp_path: Path, clients: Clients)
         assert_at_rest(live)
 
 
+@thread_only("it looks into the engine's store")
+def test_a_conversation_deleted_while_a_turn_runs_takes_the_turn_along(tmp_path: Path, clients: Clients) -> None:
+    with running(state_dir=str(tmp_path), num_blocks=256) as live:
+        ai, store = clients(live), store_of(live)
+        talk = ai.conversations.create()
+        ask(ai, HERON, conversation=talk.id, store=False, text=LETTERS)
+        said = {"input": HERON[::-1], "conversation": talk.id, "stream": True, "text": LETTERS}
+        events = iter(ai.responses.create(**{**ASKED, "max_output_tokens": 150}, **said))
+        response_id = next(events).response.id
+        chain = store.find(talk.id.removeprefix("conv_"), "default").chain
+        ai.conversations.delete(talk.id)
+        with pytest.raises(APIError, match="deleted meanwhile"):
+            list(events)
+        with pytest.raises(NotFoundError):
+            ai.responses.retrieve(response_id)
+        until(lambda: not lies_anywhere(live, chain), "blocks outlive their conversation", DELETED_S)
+        assert not is_in_files(tmp_path, HERON) and not is_in_files(tmp_path, HERON[::-1])
+        assert_at_rest(live)
+
+
 def test_a_running_turn_is_kept_while_the_server_drains(tmp_path: Path, clients: Clients) -> None:
     with running(state_dir=str(tmp_path), num_blocks=256) as live:
         more = {"input": "x", "stream": True, "extra_body": {"ignore_eos": True}}

@@ -65,6 +65,8 @@ class EngineConfig:
     state_dir: str | None = _setting(None, "folder for state that survives a restart: texts, and KV written behind")
     state_host_memory: int | str | None = _setting(None, "memory for KV that left the device; default: none is kept")
     state_disk_quota: int | str = _setting("4GiB", "how much the state folder may hold")
+    state_tenant_objects: int = _setting(10_000, "objects of one kind that one tenant may keep")
+    state_tenant_bytes: int | str = _setting("1GiB", "text, messages and token ids of one kind, of one tenant")
     state_remote: str | None = _setting(None, "a Valkey or Redis server that engines share, such as redis://host:6379")
     state_remote_key_file: str | None = _setting(None, "file of the secret that signs what lies on that server")
     state_load: str = _setting("auto", "auto: bring KV up where that is cheaper than computing; always or never")
@@ -80,7 +82,7 @@ class EngineConfig:
     time_blocks: bool = _setting(False, "measure the time in block calls per step, for recordings")
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "event_capacity"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "event_capacity", "state_tenant_objects"):
             self._at_least_one(name, getattr(self, name))
         self._at_least_one("max_prefill_beside_decode", self.max_prefill_beside_decode)
         for name in ("num_blocks", "max_model_len", "max_new_requests_per_step", "max_prefill_chunk", "num_threads"):
@@ -104,7 +106,7 @@ class EngineConfig:
         self.kv_memory_bytes  # noqa: B018  (parses, so that a bad size is refused here)
         for name in self.logged_block_calls:
             _check_choice("log_blocks", name, LOGGED_CALLS)
-        for name in ("state_host_memory", "state_disk_quota"):
+        for name in ("state_host_memory", "state_disk_quota", "state_tenant_bytes"):
             if getattr(self, name) is not None:
                 parse_bytes(getattr(self, name), name)
         for name in ("state_dir", "state_remote", "state_remote_key_file"):

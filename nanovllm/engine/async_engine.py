@@ -165,6 +165,7 @@ class AsyncEngine:
         segments: tuple[SegmentSpan, ...] = (),
         prefill_only: bool = False,
         session_id: str = "",
+        session_owner: str = "",
         on_start: Callable[[], None] | None = None,
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
@@ -172,7 +173,8 @@ class AsyncEngine:
         """Queue a request. Raises InvalidRequestError, or DrainingError and UnhealthyError where none are taken.
 
         `segments` name the parts of the prompt, and cover it. A `prefill_only` request leaves its KV, no token.
-        `session_id` is a hint which state is wanted again; it changes no token.
+        `session_id` is a hint which state is wanted again; it changes no token. `session_owner`: the namespace that
+        this session is of, where that is not `namespace`.
         `on_start` is called when its first step has run. The stream fails with BusyError where that has not
         happened after `queue_timeout_s`, and with DeadlineError where it has not ended after `timeout_s`.
         """
@@ -183,8 +185,10 @@ class AsyncEngine:
         self._streams[request_id] = stream
         self._is_empty.clear()
         stream.set_deadlines(queue_timeout_s, timeout_s)
-        labels = (namespace, cache_salt, priority, template_tokens, arrival_ns, segments, prefill_only, session_id)
-        self.link.send(Submit(request_id, token_ids, params_to_wire(params), *labels))
+        labels = (namespace, cache_salt, priority, template_tokens, arrival_ns, segments, prefill_only)
+        self.link.send(
+            Submit(request_id, token_ids, params_to_wire(params), *labels, session_id, session_owner),
+        )
         return stream
 
     def _check_state(self) -> None:

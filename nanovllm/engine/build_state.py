@@ -28,6 +28,7 @@ from nanovllm.engine.tiered_state import TieredState
 from nanovllm.errors import ConfigError
 from nanovllm.state.kinds.meta import COST_TABLE
 from nanovllm.state.learned import Part
+from nanovllm.state.settings import StateSettings
 from nanovllm.state.store import StateStore
 from nanovllm.state.tiers.tier import Tier
 
@@ -50,6 +51,10 @@ def build_state(
         disk_bytes=parse_bytes(config.state_disk_quota, "state_disk_quota"),
         remote=_remote(config.state_remote, config.state_remote_key_file),
         device=device,
+        settings=StateSettings(
+            objects_per_namespace=config.state_tenant_objects,
+            text_bytes_per_namespace=parse_bytes(config.state_tenant_bytes, "state_tenant_bytes"),
+        ),
         root_of=partial(root_of, identity),
         cost_of=costs.ms,
         clock=clock,
@@ -83,7 +88,11 @@ def layout_of(pool: torch.Tensor) -> str:
 
 def _remote(url: str | None, key_file: str | None) -> Tier | None:
     if url is None and key_file is not None:
-        raise ConfigError("state_remote_key_file needs state_remote.", param="state_remote_key_file")
+        raise ConfigError(
+            "state_remote_key_file needs state_remote.",
+            param="state_remote_key_file",
+            hint="Name the server, such as --state-remote redis://host:6379, or leave the key file out.",
+        )
     if url is None:
         return None
     try:
@@ -98,15 +107,18 @@ def _remote(url: str | None, key_file: str | None) -> Tier | None:
 
 
 def _secret(path: Path) -> bytes:
-    """A key of fixed length made of the file's contents. Raises ConfigError."""
+    """A key of fixed length made of the file's contents, of which no more is read than a key may have.
+
+    Raises ConfigError.
+    """
+    how = "Make one: openssl rand -hex 32 > FILE."
     try:
-        text = path.read_bytes()[:MAX_SECRET].strip()
+        with path.open("rb") as file:
+            text = file.read(MAX_SECRET + 1)
     except OSError as error:
-        raise ConfigError(f"The key file cannot be read: {error.strerror}.", param="state_remote_key_file") from None
-    if len(text) < MIN_SECRET:
-        raise ConfigError(
-            f"The key file holds fewer than {MIN_SECRET} bytes.",
-            param="state_remote_key_file",
-            hint="openssl rand -hex 32 > FILE",
-        )
-    return hashlib.sha256(text).digest()
+        why = f"The key file cannot be read: {error.strerror}."
+        raise ConfigError(why, param="state_remote_key_file", hint=how) from None
+    if len(text) > MAX_SECRET or len(text.strip()) < MIN_SECRET:
+        wrong = f"The key file must hold {MIN_SECRET} to {MAX_SECRET:,} bytes."
+        raise ConfigError(wrong, param="state_remote_key_file", hint=how)
+    return hashlib.sha256(text.strip()).digest()

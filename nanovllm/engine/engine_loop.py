@@ -158,6 +158,7 @@ class EngineLoop:
             namespace=message.namespace,
             cache_salt=message.cache_salt,
             session_id=message.session_id,
+            session_owner=message.session_owner,
             priority=message.priority,
             template_tokens=message.template_tokens,
             arrival_ns=message.arrival_ns,

@@ -102,6 +102,7 @@ def check_labels(
     namespace: object,
     cache_salt: object,
     session_id: object,
+    session_owner: object,
     prefill_only: object,
 ) -> None:
     """Raise InvalidRequestError unless the labels that a request carries beside its prompt are of their kind."""
@@ -111,6 +112,7 @@ def check_labels(
         ("namespace", namespace, str),
         ("cache_salt", cache_salt, str),
         ("session_id", session_id, str),
+        ("session_owner", session_owner, str),
         ("prefill_only", prefill_only, bool),
     )
     for name, value, kind in kinds:

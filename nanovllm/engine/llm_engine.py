@@ -68,6 +68,7 @@ class LLMEngine:
         namespace: str = "",
         cache_salt: str = "",
         session_id: str = "",
+        session_owner: str = "",
         prefill_only: bool = False,
         template_tokens: int | None = None,
         arrival_ns: int | None = None,
@@ -75,20 +76,21 @@ class LLMEngine:
         """Validate, tokenize, build the `Sequence` and queue it; returns its request_id.
 
         `template_tokens` is what a chat template added to the prompt, kept for display. `session_id`: a hint which
-        state will be wanted again; it changes no token. Raises InvalidRequestError or ContextLengthError; the
-        engine is then as it was before.
+        state will be wanted again, of `session_owner`'s namespace where that is not `namespace`; it changes no token.
+        Raises InvalidRequestError or ContextLengthError; the engine is then as it was before.
         """
         # BEGIN SOLUTION add_request
         arrival_ns = self.clock.now_ns() if arrival_ns is None else arrival_ns
-        check_labels(request_id, priority, namespace, cache_salt, session_id, prefill_only)
+        check_labels(request_id, priority, namespace, cache_salt, session_id, session_owner, prefill_only)
         request_id = self._identify(request_id)
         params = SamplingParams() if sampling_params is None else sampling_params
         self.events.request(request_id, "entered", 0, 0, 0, ts_ns=arrival_ns)
         try:
             token_ids, segments = self.intake.tokenize(prompt)
             self.intake.check(token_ids, params)
-            labels = {"namespace": namespace, "cache_salt": cache_salt, "session_id": session_id}
-            shape = {"priority": priority, "segments": segments, "prefill_only": prefill_only}
+            labels = {"namespace": namespace, "cache_salt": cache_salt, "prefill_only": prefill_only}
+            shape = {"priority": priority, "segments": segments}
+            shape |= {"session_id": session_id, "session_owner": session_owner}
             seqs = self._sequences.new(token_ids, params, request_id, arrival_ns, **labels, **shape)
             self._enqueue(request_id, seqs, template_tokens)
         except Exception as error:

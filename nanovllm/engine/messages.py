@@ -39,6 +39,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     segments: tuple[SegmentSpan, ...] = ()
     prefill_only: bool = False
     session_id: str = ""
+    session_owner: str = ""
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):

@@ -35,6 +35,7 @@ class RequestArgs(TypedDict, total=False):
     namespace: str
     cache_salt: str
     session_id: str
+    session_owner: str
     prefill_only: bool
     template_tokens: int | None
     arrival_ns: int | None

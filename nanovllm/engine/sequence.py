@@ -1,7 +1,6 @@
 """Sequence: one request as a runtime state object.
 
-What it is: tokens, status, counters and the block table of a request, from its
-arrival to its end. What it knows nothing about: blocks' bytes, scheduling, text.
+What it is: a request's tokens, status, counters and block table. What it knows nothing about: bytes, scheduling, text.
 
 Interval ledger, between steps:
     [0, num_cached_tokens)                KV is valid, in the blocks of `block_table`
@@ -59,6 +58,7 @@ class Sequence:
     max_total_tokens: int = 2**62  # where generation ends at the latest: max_tokens or max_model_len
     namespace: str = ""
     session_id: str = ""  # whose state this is likely to be again; a hint that stays with this engine
+    session_owner: str = ""  # the namespace that session is of, where several share one KV; empty: `namespace`
     root_digest: bytes = b""
     eos_token_ids: tuple[int, ...] = ()
     segments: tuple[SegmentSpan, ...] = ()

@@ -86,7 +86,8 @@ class TieredState(DeviceState):
         self.counters = StateCounters()
         self.is_active = bool(kv_tiers) and block_manager.prefix_mode == "reuse"
         self.behind = WriteBehind(device, store, kv_tiers, bytes_per_step)
-        self.written = WrittenCalls(store, self.behind, root_of or (lambda name, salt: store.plane.root_of(name)))
+        root = root_of or (lambda name, salt: store.plane.root_of(name))
+        self.written = WrittenCalls(store, self.behind, root, self._harmless)
         self.moves = Moves(block_manager.events, store.plane, device.block_bytes)
         self.behind.on_written = self.moves.written
         self._loads: OrderedDict[Sequence, PendingLoad] = OrderedDict()
@@ -136,7 +137,7 @@ class TieredState(DeviceState):
         if seq.session_id and seq.is_finished and self.block_manager.prefix_mode == "reuse":
             chain = seq.digests[: seq.num_cached_tokens // self.block_manager.block_size]
             with self._harmless():
-                self.store.note_session(seq.session_id, store_namespace(seq.namespace), chain)
+                self.store.note_session(seq.session_id, store_namespace(seq.session_owner or seq.namespace), chain)
         super().release(seq)
 
     def poll(self) -> list[TransferReport]:

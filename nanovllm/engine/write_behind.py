@@ -4,7 +4,7 @@ What it is: a queue of digests per tier, from which each step copies a bounded n
 What it knows nothing about: sequences, when blocks are computed. Invariants: a queue is bounded, and what does
 not fit is dropped and counted: losing a copy costs time, never an answer; no more than MAX_WRITES writes of a tier
 are under way, so a slow tier holds up no memory, and no other tier; a block that a tier has, or gets, is not copied
-to it again.
+to it again; what was dropped while it waits, or while somebody still runs on it, is not copied any more.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class WriteBehind:
         digest = block.hash_value or b""
         costs = [backlog.waiting.pop(digest, 0.0) for backlog in self._backlogs.values()]
         entry = self._store.plane.catalog.entries.get(digest)
-        if entry is not None and (entry.tiers or entry.arriving):
+        if (entry is not None and (entry.tiers or entry.arriving)) or self._store.plane.is_condemned(digest):
             return
         described = self._device.describe(block, max(costs, default=0.0))
         backlogs = [each for each in self._backlogs.values() if not each.is_busy and self._lacks(each, digest)]
@@ -123,10 +123,11 @@ class WriteBehind:
         return any(not transfer.done for transfer in backlog.writes)
 
     def _lacks(self, backlog: Backlog, digest: bytes) -> bool:
-        """Whether the tier has not got this block, gets it not, and takes writes."""
-        entry = self._store.plane.catalog.entries.get(digest)
+        """Whether the tier has not got this block, gets it not, takes writes, and may have it: it was not dropped."""
+        plane = self._store.plane
+        entry = plane.catalog.entries.get(digest)
         has = entry is not None and backlog.place.name in entry.tiers | entry.arriving
-        return not has and backlog.takes_writes
+        return not has and backlog.takes_writes and not plane.is_condemned(digest)
 
     def _write(self, backlog: Backlog, budget: int) -> None:
         size = self._device.block_bytes

@@ -2,14 +2,16 @@
 
 What it is: questions that wait, answered between two steps. What it knows nothing about: who asks, tokens' text.
 Invariants: asking holds up no step and moves no block but to the front of its queue; each question is answered
-exactly once: when nothing of it is on its way any more, or when its time is over. "Written" is what the tier
-says of a write: for the disk the bytes are the kernel's, without fsync, as all KV is: verified or a miss later.
+exactly once, whatever the answer to another raises: when nothing of it is on its way any more, or when its time is
+over. "Written" is what the tier says of a write: for the disk the bytes are the kernel's, without fsync, as all KV is:
+verified or a miss later.
 A tier that others share is not waited for where there is another one: it may be slow, and they can wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from nanovllm.core.digest import Digest
@@ -49,10 +51,19 @@ class Question:
 
 
 class WrittenCalls:
-    """The questions of one engine. `root_of`: where a namespace's digest chains begin, with a salt."""
+    """The questions of one engine. `root_of`: where a namespace's digest chains begin, with a salt.
 
-    def __init__(self, store: StateStore, behind: WriteBehind, root_of: RootOf) -> None:
-        self._store, self._behind, self._root_of = store, behind, root_of
+    `harmless`: counts and logs what an answer raises.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        behind: WriteBehind,
+        root_of: RootOf,
+        harmless: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._store, self._behind, self._root_of, self._harmless = store, behind, root_of, harmless
         places = store.plane.places
         own = tuple(name for name in behind.tiers if not places[name].tier.shared)
         self._tiers = own or behind.tiers
@@ -95,14 +106,17 @@ class WrittenCalls:
         now = self._store.plane.clock.now_ns()
         over = [question for question in self._questions if self._is_over(question, now)]
         self._questions = [question for question in self._questions if question not in over]
-        for question in over:
-            self._answer(question)
+        self._answer_all(over)
 
     def close(self) -> None:
         """Nothing more will be written: everybody is told what there is."""
         questions, self._questions = self._questions, []
+        self._answer_all(questions)
+
+    def _answer_all(self, questions: list[Question]) -> None:
         for question in questions:
-            self._answer(question)
+            with self._harmless():
+                self._answer(question)
 
     def _is_over(self, question: Question, now: int) -> bool:
         question.waiting = [digest for digest in question.waiting if self._is_on_its_way(digest)]

@@ -175,6 +175,7 @@ class Answer:
                     priority=order.priority,
                     template_tokens=prompt.template_tokens,
                     session_id=order.session,
+                    session_owner=self._ticket.tenant.owner,
                     segments=prompt.segments,
                     arrival_ns=arrival_ns,
                     on_start=on_start,

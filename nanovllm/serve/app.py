@@ -7,11 +7,12 @@ knows nothing about: sockets, signals. Invariant: every route of the server is i
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, parse_bytes
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.serve import conversations, health, knowledge_api, responses, state_api
 from nanovllm.serve.admission import Admission
@@ -57,6 +58,7 @@ ROUTES = (
 def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Limits) -> Services:
     """The parts of one server; its engine is not started yet. Raises ConfigError."""
     tenants = Tenants(config)  # first: bad keys are heard of before anything is made
+    engine_config = with_room(engine_config, config)
     engine = AsyncEngine(engine_config, in_process_of_its_own=config.engine_process)
     admission = Admission(config, lambda: engine.stats.prefill_tokens_per_s)
     pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="nanovllm-serve")
@@ -72,6 +74,16 @@ def build_services(engine_config: EngineConfig, config: ServerConfig, limits: Li
     services.knowledge = Knowledge(engine, is_one, config.request_timeout)
     services.turns = TurnStore(engine, config)
     return services
+
+
+def with_room(engine_config: EngineConfig, config: ServerConfig) -> EngineConfig:
+    """The engine's settings, with no ceiling below what the server's own flags allow a key."""
+    most = parse_bytes(engine_config.state_tenant_bytes, "state_tenant_bytes")
+    return replace(
+        engine_config,
+        state_tenant_objects=max(engine_config.state_tenant_objects, config.max_tenant_sessions),
+        state_tenant_bytes=max(most, config.max_tenant_session_bytes),
+    )
 
 
 def build_app(services: Services) -> Gate:

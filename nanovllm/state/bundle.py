@@ -64,6 +64,7 @@ class Bundles:
             namespace=metadata.namespace,
             ttl=metadata.ttl or (None if record.ttl_ms is None else record.ttl_ms / 1000),
             durable=metadata.durable,
+            kv_namespace=metadata.kv_namespace,
         )
         state_id = yield from self.naming.put(object_of(payload), given)
         obj = self.plane.catalog.objects[state_id]
@@ -100,7 +101,8 @@ class Bundles:
             if size not in (None, len(payload)):
                 break
             pairs.append((own, payload))
-        transfer = self.migration.spill(pairs) if pairs else None
+        is_there = obj.state_id in self.plane.catalog.objects  # it may have been dropped since
+        transfer = self.migration.spill(pairs) if pairs and is_there else None
         if transfer is None:
             return 0
         yield transfer

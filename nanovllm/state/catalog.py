@@ -10,14 +10,16 @@ their way to one.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanovllm.errors import StateNotFoundError
 from nanovllm.state.envelope import Label
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import PUBLIC, StateObject
+from nanovllm.state.shelves import ShelfKey, Shelves, place_in_list
 
 NameKey = tuple[str, str, str]  # namespace, kind, name
 
@@ -66,22 +68,22 @@ class Catalog:
     def __init__(self) -> None:
         self.objects: dict[str, StateObject] = {}
         self.entries: dict[bytes, Entry] = {}
+        self.shelves = Shelves()
         self._versions: defaultdict[NameKey, list[str]] = defaultdict(list)  # the newest last
         self._owners: defaultdict[bytes, set[str]] = defaultdict(set)
-        self._counts: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
 
     def add(self, obj: StateObject) -> StateObject | None:
         """Enter an object; the one whose full name it takes, if any, is returned and has no name any more."""
         self.objects[obj.state_id] = obj
-        self._counts[obj.namespace] += 1
-        self._bytes[obj.namespace] += obj.payload_bytes
+        self.shelves.add(obj)
         self._own(obj)
         return self._take_name(obj)
 
-    def change(self, old: StateObject, new: StateObject) -> list[bytes]:
-        """The same object in its next generation; the keys that only the old one owned."""
-        self._bytes[new.namespace] += new.payload_bytes - old.payload_bytes
+    def change(self, new: StateObject) -> list[bytes]:
+        """The same object in its next generation; the keys that only the one before owned."""
+        old = self.objects[new.state_id]
+        self.shelves.remove(old)
+        self.shelves.add(new)
         alone = self._disown(old)
         self.objects[new.state_id] = new
         self._own(new)
@@ -89,9 +91,8 @@ class Catalog:
 
     def remove(self, obj: StateObject) -> list[bytes]:
         """Strike it out; the keys that only it owned."""
-        del self.objects[obj.state_id]
-        self._counts[obj.namespace] -= 1
-        self._bytes[obj.namespace] -= obj.payload_bytes
+        obj = self.objects.pop(obj.state_id)
+        self.shelves.remove(obj)
         self._forget_name(obj)
         return self._disown(obj)
 
@@ -113,13 +114,31 @@ class Catalog:
         found = [obj for obj in called if version is None or obj.version == version]
         return found[-1] if found else None
 
-    def count_in(self, namespace: str) -> int:
-        """How many objects a tenant has."""
-        return self._counts[namespace]
+    def listed(
+        self, namespace: str | None, kind: str | None, name: str | None, after: tuple[Any, ...]
+    ) -> Iterator[StateObject]:
+        """What a tenant may see, the operator everything, the oldest first, beginning behind `after`."""
+        whose = None if namespace is None else {namespace, PUBLIC}
+        if whose is not None and name is not None:
+            called = self._called(whose, kind, name)
+            found: Iterable[StateObject] = (obj for obj in called if place_in_list(obj) > after)
+        else:
+            on = lambda key: (whose is None or key.namespace in whose) and kind in (None, key.kind)  # noqa: E731
+            found = (self.objects[state_id] for state_id in self.shelves.walk(on, after))
+        for obj in found:
+            is_seen = namespace is None or KIND_TABLE[obj.kind].visible_to(obj, namespace)
+            if is_seen and name in (None, obj.name, obj.label):
+                yield obj
 
-    def bytes_in(self, namespace: str) -> int:
-        """What its objects hold beside KV: texts, messages, token ids."""
-        return self._bytes[namespace]
+    def holds(self, namespace: str, kind: str, is_hint: bool = False) -> tuple[int, int]:
+        """How many objects of a kind a tenant has, and the bytes of their texts, messages and token ids."""
+        shelf = self.shelves.on(ShelfKey(namespace, kind, is_hint))
+        return len(shelf.row), shelf.size_bytes
+
+    def hints_of(self, namespace: str) -> list[StateObject]:
+        """The sessions of a tenant that nobody put."""
+        own = self.shelves.walk(lambda key: key.namespace == namespace and key.is_hint)
+        return [self.objects[state_id] for state_id in own]
 
     def owners(self, key: bytes) -> set[str]:
         """The objects that these bytes belong to."""
@@ -145,6 +164,15 @@ class Catalog:
                 if found is not None:
                     return found
         return None
+
+    def _called(self, whose: set[str], kind: str | None, name: str) -> list[StateObject]:
+        """Objects of that name, `name@version` or, where they have no name, id, in the order of lists."""
+        bare_name = name.partition("@")[0]
+        kinds = KIND_TABLE if kind is None else (kind,)
+        keys = [(each, kind, bare_name) for each in whose for kind in kinds]
+        ids = {state_id for key in keys for state_id in self._versions.get(key, ())} | {name} & self.objects.keys()
+        found = sorted((self.objects[state_id] for state_id in ids), key=place_in_list)
+        return [obj for obj in found if obj.namespace in whose and obj.kind in kinds]
 
     def _take_name(self, obj: StateObject) -> StateObject | None:
         if obj.name is None:

@@ -73,9 +73,10 @@ class Hints:
 
     def _make_room(self, namespace: str) -> None:
         """A new record displaces the one that would expire first."""
-        hints = [o for o in self.plane.catalog.objects.values() if o.is_hint and o.namespace == namespace]
-        if len(hints) >= self.plane.settings.hints_per_namespace:
-            self.naming.drop_soon(min(hints, key=lambda o: o.expires_ms or 0), "too many sessions")
+        catalog = self.plane.catalog
+        if catalog.holds(namespace, SESSION, is_hint=True)[0] >= self.plane.settings.hints_per_namespace:
+            first = min(catalog.hints_of(namespace), key=lambda o: o.expires_ms or 0)
+            self.naming.drop_soon(first, "too many sessions")
 
 
 def name_of(session: str) -> str:

@@ -222,7 +222,9 @@ class Migration:
                 batch = there[start : start + BATCH]
                 read = self.plane.read(source, [entry.label for entry in batch], sealed=True)
                 yield read
-                pairs = [(entry, sealed) for entry, sealed in zip(batch, read.result) if sealed is not None]
+                known = self.plane.catalog.entries  # without what was dropped while it was read
+                found = [(entry, sealed) for entry, sealed in zip(batch, read.result) if sealed is not None]
+                pairs = [(entry, sealed) for entry, sealed in found if known.get(entry.key) is entry]
                 if pairs:
                     write = self.plane.write(place, pairs)
                     yield write

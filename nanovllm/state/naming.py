@@ -29,7 +29,6 @@ from nanovllm.state.objects import (
     Storable,
     check_namespace,
     check_tokens,
-    kv_namespace,
     new_state_id,
 )
 from nanovllm.state.payload import decode, default_kind, object_of, payload_of
@@ -77,6 +76,7 @@ class Naming:
             created_ms=max(self.plane.wall_ms(), 0 if older is None else older.created_ms + 1),  # newest stays newest
             ttl_ms=None if ttl_s is None else int(ttl_s * SECOND_MS),
             durable=kind.durable if metadata.durable is None else metadata.durable,
+            kv_namespace=metadata.kv_namespace,
         )
         return self.storing.begin(Pending("put", started, new, then=then), payload, must=metadata.durable is True)
 
@@ -86,6 +86,7 @@ class Naming:
         value: Storable,
         generation: int | None,
         then: Callable[[Pending], None] = lambda pending: None,
+        kv_namespace: str | None = None,
     ) -> Pending:
         """Begin the object's next generation. Raises StateConflictError where it is not at `generation` any more."""
         started = self.plane.clock.now_ns()
@@ -97,7 +98,8 @@ class Naming:
             )
         if not KIND_TABLE[obj.kind].accepts(value):
             raise InvalidRequestError(f"kind {obj.kind} does not hold {shown(value)}.", param="obj")
-        new = msgspec.structs.replace(obj, generation=obj.generation + 1, is_hint=False)
+        where = obj.kv_namespace if kv_namespace is None else check_namespace(kv_namespace)
+        new = msgspec.structs.replace(obj, generation=obj.generation + 1, is_hint=False, kv_namespace=where)
         pending = Pending("update", started, new, old=obj, then=then)
         return self.storing.begin(pending, payload_of(value))
 
@@ -141,24 +143,26 @@ class Naming:
         if data is None:
             return []
         tokens, size = decode(data).token_ids, self.plane.settings.block_size
-        chain = self.plane.chain_of(tokens, obj.namespace)
+        chain = self.plane.chain_of(tokens, obj.chain_namespace)
         if chain != obj.chain and self.plane.catalog.objects.get(obj.state_id) is obj:
-            fresh = msgspec.structs.replace(obj, chain=chain, root=self.plane.root_of(obj.namespace))
-            self.plane.catalog.change(obj, fresh)
+            fresh = msgspec.structs.replace(obj, chain=chain, root=self.plane.root_of(obj.chain_namespace))
+            self.plane.catalog.change(fresh)
         parents = (None, *chain)
         cuts = [tuple(tokens[i : i + size]) for i in range(0, len(chain) * size, size)]
-        return [KVBlock(*row, kv_namespace(obj.namespace)) for row in zip(chain, parents, cuts)]
+        return [KVBlock(*row, obj.chain_namespace) for row in zip(chain, parents, cuts)]
 
     def fork(self, obj: StateObject, metadata: Metadata) -> Steps[StateId]:
         """A new object that begins as this one and goes its own way; their KV is shared."""
         started = self.plane.clock.now_ns()
         payload = payload_of((yield from self.get(obj)))
+        own = obj.kv_namespace if metadata.namespace == obj.namespace else None
         new = msgspec.structs.replace(
             obj,
             state_id=str(new_state_id()),
             namespace=metadata.namespace,
             name=metadata.name,
             version=metadata.version,
+            kv_namespace=metadata.kv_namespace or own,
             forked_from=obj.state_id,
             generation=1,
             created_ms=self.plane.wall_ms(),

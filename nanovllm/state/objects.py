@@ -71,7 +71,10 @@ Storable = str | Sequence[int] | Sequence[Mapping[str, Any]] | Document | Sessio
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a caller says of an object. `ttl` in seconds; `durable` None leaves it to the kind."""
+    """What a caller says of an object. `ttl` in seconds; `durable` None leaves it to the kind.
+
+    `kv_namespace`: where its tokens were computed, where several namespaces share their KV.
+    """
 
     kind: str | None = None
     name: str | None = None
@@ -79,6 +82,7 @@ class Metadata:
     namespace: str = DEFAULT_NAMESPACE
     ttl: float | None = None
     durable: bool | None = None
+    kv_namespace: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -89,6 +93,8 @@ class Metadata:
         if self.version is not None and self.name is None:
             raise InvalidRequestError("A version needs a name.", param="version", hint="Give name, too.")
         check_namespace(self.namespace)
+        if self.kv_namespace is not None:
+            check_namespace(self.kv_namespace)
         if self.ttl is not None:
             check_ttl(self.ttl)
         if self.durable not in (None, True, False):
@@ -111,8 +117,9 @@ class Metadata:
 class StateObject(msgspec.Struct, kw_only=True):
     """What the catalog knows of one object; it is written beside the object's bytes wherever they lie.
 
-    `chain` names the KV blocks of its tokens, in order, under the model whose root is `root`. `payload_key`
-    names its text. Times are wall-clock milliseconds, because they must mean the same after a restart.
+    `chain` names the KV blocks of its tokens, in order, under the model whose root is `root`; `kv_namespace`: whose KV
+    that is, where it is not its own. `payload_key` names its text. Times are wall-clock milliseconds, because they
+    must mean the same after a restart.
     `is_hint`: nobody put it; it has no text, and owns the blocks of requests that named this session.
     """
 
@@ -133,6 +140,12 @@ class StateObject(msgspec.Struct, kw_only=True):
     root: bytes = b""
     chain: tuple[bytes, ...] = ()
     is_hint: bool = False
+    kv_namespace: str | None = None
+
+    @property
+    def chain_namespace(self) -> str:
+        """Whose KV its tokens name."""
+        return self.kv_namespace or kv_namespace(self.namespace)
 
     @property
     def label(self) -> str:

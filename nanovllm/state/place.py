@@ -7,6 +7,7 @@ with the same room; a tier's counters only grow.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,8 @@ class Place:
         self.is_committing = False
         self.by_kind: dict[str, int] = {}
         self.by_namespace: dict[str, int] = {}
+        self.texts: Counter[str] = Counter()  # bytes whose last copy is here, by namespace: nothing evicts them
+        self.texts_coming: Counter[str] = Counter()
         own_threads = threads and tier.name != "host"
         self.read_lane: Lane = ThreadLane(clock, f"{tier.name}-read") if own_threads else InlineLane(clock)
         self.write_lane: Lane = ThreadLane(clock, f"{tier.name}-write") if own_threads else InlineLane(clock)
@@ -115,6 +118,7 @@ class Place:
         self._count(entry, entry.size_bytes)
         self.victims.touch(entry, 0, entry.num_tokens, hit=False)
         if entry.home == self.name:
+            self.texts[entry.namespace] += entry.size_bytes
             self.victims.hold(entry.key)
 
     def leave(self, entry: Entry, *, by_policy: bool) -> None:
@@ -124,6 +128,7 @@ class Place:
         entry.tiers.discard(self.name)
         self._count(entry, -entry.size_bytes)
         if entry.home == self.name:
+            self.texts[entry.namespace] -= entry.size_bytes
             self.victims.release(entry.key)
         if by_policy:
             self.victims.evict(entry)

@@ -11,6 +11,7 @@ whose entry is gone when their write ends are removed again. One thread calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,14 +136,14 @@ class Plane:
         items = [item for flight in flights for item in flight.items]
 
         def ended(transfer: Transfer) -> None:
-            for flight in flights:
-                self.mover.keep(flight.promise, transfer)
-            landed()
+            with ExitStack() as each:  # all are told, whatever one of them raises
+                each.callback(landed)
+                for flight in reversed(flights):
+                    each.callback(self.mover.keep, flight.promise, transfer)
 
         def late(_: object) -> None:
-            entries = self.catalog.entries
-            unwanted = [i.key for i in items if i.key not in entries or place.name not in entries[i.key].tiers]
-            self._remove(place, unwanted, scrub=False)
+            unwanted = [item.key for item in items if not self._is_wanted(place, item.key)]
+            self._remove(place, unwanted, scrub=True)
 
         deadline = self.settings.write_deadline_ms
         self.mover.start(place.write_lane, lambda: place.tier.write(items), deadline_ms=deadline, then=ended, late=late)
@@ -215,16 +216,21 @@ class Plane:
             place.going, place.going_bytes = [], 0
             self._remove(place, keys, scrub=False, size=size)
 
+    def is_condemned(self, key: bytes) -> bool:
+        """Whether this block goes from the device as soon as nobody runs on it: no copy of it is made any more."""
+        return key in self.owed.get("device", ()) and not self.catalog.owners(key)
+
     def pay_debts(self) -> None:
-        """Try again what tiers did not remove."""
+        """Try again what tiers did not remove, but for what was written there anew."""
         if self.device is not None and self.owed.get("device"):
             wanted = {key for key in self.owed["device"] if not self.catalog.owners(key)}
             self.owed["device"] = {key for key in wanted if self.device.holds(key) and not self.device.discard(key)}
         for name, place in self.places.items():
-            keys = self.owed.get(name, set())
-            if keys and place.writes.state != "open":
-                self.owed[name] = set()
-                self._remove(place, list(keys), scrub=True)
+            if self.owed.get(name) and place.writes.state != "open":
+                owed, self.owed[name] = self.owed[name], set()
+                keys = [key for key in owed if not self._is_wanted(place, key)]
+                if keys:
+                    self._remove(place, keys, scrub=True)
 
     def receipt(
         self,
@@ -278,7 +284,7 @@ class Plane:
             place.tally.wrote(entry.kind, entry.size_bytes)
             if self.catalog.entries.get(entry.key) is entry:
                 place.enter(entry)
-            else:
+            elif not self._is_wanted(place, entry.key):
                 self._remove(place, [entry.key], scrub=True)
 
     def _verified(self, place: Place, labels: Sequence[Label], transfer: Transfer) -> list[bytes | None]:
@@ -334,6 +340,11 @@ class Plane:
         if entry is not None:
             place.leave(entry, by_policy=False)
             self._forget_if_nowhere(entry)
+
+    def _is_wanted(self, place: Place, key: bytes) -> bool:
+        """Whether these bytes lie there, or are being written, for somebody: also anew, after they were forgotten."""
+        entry = self.catalog.entries.get(key)
+        return entry is not None and place.name in entry.tiers | entry.arriving
 
     def _forget_if_nowhere(self, entry: Entry) -> None:
         if not entry.tiers and not entry.arriving and self.catalog.entries.get(entry.key) is entry:

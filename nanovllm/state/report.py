@@ -20,7 +20,7 @@ from nanovllm.state.receipts import Explanation, Receipt
 MAX_PAGE = 100
 _ID = re.compile(r"[0-9a-f]{32}")
 _CURSOR = re.compile(r"([0-9]{1,16})\.([0-9a-f]{32})")
-OMITTED = ("payload_key", "root", "chain")
+OMITTED = ("payload_key", "root", "chain", "kv_namespace")
 
 
 def namespace_of(state_id: str, given: str | None) -> str | None:

@@ -28,7 +28,7 @@ def restore(plane: Plane) -> list[str]:
         for each in entries:
             if not each.label.record:
                 _enter(plane, plane.places[name], each, plane.catalog.kind_of(each.label.key))
-    foreign = [o for o in plane.catalog.objects.values() if o.chain and o.root != plane.root_of(o.namespace)]
+    foreign = [o for o in plane.catalog.objects.values() if o.chain and o.root != plane.root_of(o.chain_namespace)]
     if foreign:
         warnings.append(
             f"{len(foreign)} objects were computed with another model or setting: "

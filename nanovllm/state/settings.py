@@ -13,8 +13,9 @@ from dataclasses import dataclass
 class StateSettings:
     """What a state plane allows itself and others.
 
-    `namespace_bytes`: what one tenant may hold in one tier (None: as much as there is). `pinned_share`: of a
-    tier, what pins may hold together. `layout`, `layers`: how a block's bytes lie, where no device says so.
+    `objects_per_namespace`, `text_bytes_per_namespace`: of one kind, what one tenant may have put; hints count by
+    themselves. `namespace_bytes`: what one tenant may hold in one tier (None: as much as there is). `pinned_share`: of
+    a tier, what pins may hold together. `layout`, `layers`: how a block's bytes lie, where no device says so.
     `hints_per_namespace`, `hint_blocks`, `hint_ttl_s`: of sessions that requests only name. `session_tail`: tokens at
     a session's end that its next turn may have to compute again, where room is wanted.
     """

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,10 +71,6 @@ SWEEP_MS = 1_000
 def free_of_cost(cached: int, new: int) -> float:
     """T(cached, new) where nobody measured it."""
     return 0.0
-
-
-def _place_in_list(obj: StateObject) -> tuple[int, str]:
-    return obj.created_ms, obj.state_id
 
 
 class StateStore:
@@ -149,10 +146,21 @@ class StateStore:
         return self._wait(self._naming.put(obj, Metadata.of(metadata)))
 
     def update(
-        self, state_id: str, obj: Storable, *, generation: int | None = None, namespace: str | None = None
+        self,
+        state_id: str,
+        obj: Storable,
+        *,
+        generation: int | None = None,
+        namespace: str | None = None,
+        kv_namespace: str | None = None,
     ) -> Receipt:
-        """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`."""
-        pending = self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation)
+        """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`.
+
+        `kv_namespace`: where its tokens were computed, where that is no longer where it was.
+        """
+        pending = self.update_later(
+            state_id, obj, generation=generation, namespace=namespace, kv_namespace=kv_namespace
+        )
         receipt = self._wait(self._naming.storing.steps(pending)).receipt
         assert receipt is not None
         return receipt
@@ -173,10 +181,11 @@ class StateStore:
         *,
         generation: int | None = None,
         namespace: str | None = None,
+        kv_namespace: str | None = None,
         then: Callable[[Pending], None] = lambda pending: None,
     ) -> Pending:
         """Engine: as `update`, without waiting."""
-        return self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation, then)
+        return self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation, then, kv_namespace)
 
     def get(self, state_id: str, namespace: str | None = None) -> Storable:
         """What was put, verified. Takes an id, `name` or `name@version`. Raises StateNotFoundError."""
@@ -286,17 +295,13 @@ class StateStore:
 
         A page has `limit` of them, beginning behind `after`: the (created_ms, state_id) of the last one seen.
         """
-        objects = sorted(self.plane.catalog.objects.values(), key=_place_in_list)
-        seen = [o for o in objects if namespace is None or KIND_TABLE[o.kind].visible_to(o, namespace)]
-        found = [obj for obj in seen if kind in (None, obj.kind) and name in (None, obj.name, obj.label)]
-        return [obj for obj in found if _place_in_list(obj) > tuple(after)][:limit]
+        return list(islice(self.plane.catalog.listed(namespace, kind, name, tuple(after)), limit))
 
     def holdings(self, namespace: str, kind: str) -> dict[str, int]:
-        """How many objects of a kind a tenant has, and the bytes of what they hold; for quotas."""
-        objects = self.plane.catalog.objects.values()
-        own = [o for o in objects if o.namespace == namespace and o.kind == kind and not o.is_hint]
-        sizes = [o.payload_bytes for o in own]
-        return {"objects": len(sizes), "bytes": sum(sizes)}
+        """How many objects of a kind a tenant has and the bytes of what they hold; and what more would be taken now."""
+        objects, size = self.plane.catalog.holds(namespace, kind)
+        objects_left, bytes_left = self._naming.storing.room(namespace, kind)
+        return {"objects": objects, "bytes": size, "objects_left": objects_left, "bytes_left": bytes_left}
 
     def top(self) -> dict[str, Any]:
         """Counters and bytes of each tier."""

@@ -9,6 +9,7 @@ is under way share the next group commit (`plane.write`).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from nanovllm.state.place import Place
 from nanovllm.state.plane import Plane, bare
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
+from nanovllm.state.shelves import ShelfKey, shelf_of
 from nanovllm.state.steps import Steps
 
 
@@ -71,7 +73,8 @@ class Storing:
     reclaim: Reclaim
     remove: Callable[[StateObject, str], object]  # drops an object whose name was taken
     _reserved: set[tuple[str, ...]] = field(default_factory=set)
-    _on_their_way: Counter[str] = field(default_factory=Counter)
+    _objects_coming: Counter[ShelfKey] = field(default_factory=Counter)
+    _bytes_coming: Counter[ShelfKey] = field(default_factory=Counter)
 
     def begin(self, pending: Pending, payload: Payload, *, must: bool = False) -> Pending:
         """Write the payload to its home; it is done when that was reported. Raises where it cannot even begin."""
@@ -83,10 +86,15 @@ class Storing:
             self._refuse(pending, "there is no tier for it")
             return pending
         sealed = seal(payload_label(pending.new), pending.data)
+        limit = self._limit_of(pending, home, len(sealed))
+        if limit:
+            self._refuse(pending, limit, hint="Drop some.")
+            return pending
         if self.reclaim.make_room(home, len(sealed), pending.new.namespace) is None:
             self._refuse(pending, f"{home.name} is full, and everything in it is held")
             return pending
         self._reserve(pending)
+        home.texts_coming[pending.new.namespace] += len(sealed)
         new = pending.new
         entry = Entry(bare(payload_label(new)), new.kind, len(sealed), max(new.num_tokens, 1), home=home.name)
         pending.transfer = self.plane.write(
@@ -102,6 +110,7 @@ class Storing:
 
     def _written(self, pending: Pending, home: Place, entry: Entry, sealed: bytes, transfer: Transfer) -> None:
         self._unreserve(pending)
+        home.texts_coming[pending.new.namespace] -= len(sealed)
         if not transfer.ok:
             self._refuse(pending, transfer.reason)
             return
@@ -117,10 +126,11 @@ class Storing:
         if pending.old is None:
             displaced = self.plane.catalog.add(new)
         else:
-            alone = self.plane.catalog.change(pending.old, new)
+            old = self.plane.catalog.objects[new.state_id]  # maybe with another chain than when this began
+            alone = self.plane.catalog.change(new)
             # a hint's blocks were anybody's before, and are again
-            self.plane.abandon([pending.old.payload_key] if new.is_hint else alone)
-            self.plane.rekind(pending.old.chain)
+            self.plane.abandon([old.payload_key] if new.is_hint else alone)
+            self.plane.rekind(old.chain)
         self.plane.rekind(new.chain)
         pending.receipt = self.plane.receipt(
             pending.action,
@@ -136,25 +146,24 @@ class Storing:
             self.remove(displaced, f"replaced by {new.state_id}")
         pending.then(pending)
 
-    def _refuse(self, pending: Pending, reason: str, error: NanoVLLMError | None = None) -> None:
+    def _refuse(
+        self, pending: Pending, reason: str, error: NanoVLLMError | None = None, *, hint: str | None = None
+    ) -> None:
         receipt = self.plane.receipt(
             pending.action, pending.started_ns, False, reason, obj=pending.old, size_bytes=len(pending.data)
         )
-        pending.error = error or StateRefusedError(f"The object was not kept: {reason.rstrip('.')}.", receipt=receipt)
+        why = f"The object was not kept: {reason.rstrip('.')}."
+        pending.error = error or StateRefusedError(why, receipt=receipt, hint=hint)
         pending.receipt = receipt
         pending.then(pending)
 
     def _check(self, pending: Pending) -> None:
-        """Names that are taken, changes that are under way, too many objects."""
+        """Names that are taken, changes that are under way."""
         new, kind = pending.new, KIND_TABLE[pending.new.kind]
-        self._check_bytes(pending)
         if pending.old is not None:
             if ("object", new.state_id) in self._reserved:
                 raise StateConflictError("Another change of this state is under way.", hint="Try again.")
             return
-        limit = self.plane.settings.objects_per_namespace
-        if self.plane.catalog.count_in(new.namespace) + self._on_their_way[new.namespace] >= limit:
-            raise StateRefusedError(f"The namespace holds {limit:,} objects already.", hint="Drop some.")
         if new.name is None:
             return
         old = self.plane.catalog.named(new.namespace, new.kind, new.name, new.version)
@@ -162,12 +171,48 @@ class Storing:
         if taken or self._claims(pending) & self._reserved:
             raise StateConflictError(f"There is a {new.kind} called {new.label!r} already.", param="name")
 
-    def _check_bytes(self, pending: Pending) -> None:
-        """One tenant's texts, which nothing evicts, must not fill the tier that all texts live in."""
-        limit = self.plane.settings.text_bytes_per_namespace
-        others = self.plane.catalog.bytes_in(pending.new.namespace) - (pending.old.payload_bytes if pending.old else 0)
-        if others + len(pending.data) > limit:
-            raise StateRefusedError(f"The namespace holds {others:,} bytes; {limit:,} is the most.", hint="Drop some.")
+    def room(self, namespace: str, kind: str) -> tuple[int, int]:
+        """How many more objects of a kind, and bytes of them, a tenant may put now, what is on its way aside."""
+        objects_left, bytes_left = self._left(ShelfKey(namespace, kind))
+        home = self._home_of(durable=KIND_TABLE[kind].durable, must=False)
+        if home is not None:
+            bytes_left = min(bytes_left, self._share_left(home, namespace))
+        return max(objects_left, 0), max(bytes_left, 0)
+
+    def _limit_of(self, pending: Pending, home: Place, sealed_size: int) -> str:
+        """Which bound of its tenant's it would pass, as a sentence. An update may have the room of what it replaces."""
+        new, old, settings = pending.new, pending.old, self.plane.settings
+        objects_left, bytes_left = self._left(shelf_of(new))
+        replaced = None if old is None else self.plane.catalog.entries.get(old.payload_key)
+        share = self._share_left(home, new.namespace, is_hint=new.is_hint)
+        share += replaced.size_bytes if replaced is not None and replaced.home == home.name else 0
+        if sealed_size > share:
+            return f"{home.name} has {max(share, 0):,} bytes left for texts of this namespace"
+        if new.is_hint:
+            return ""
+        if old is None and objects_left < 1:
+            return f"the namespace holds {settings.objects_per_namespace:,} objects of kind {new.kind} already"
+        if len(pending.data) > bytes_left + (0 if old is None else old.payload_bytes):
+            most, size = settings.text_bytes_per_namespace, settings.text_bytes_per_namespace - bytes_left
+            return f"the namespace holds {size:,} bytes of kind {new.kind}; {most:,} is the most"
+        return ""
+
+    def _left(self, key: ShelfKey) -> tuple[int, int]:
+        """Objects and bytes up to the bounds of a tenant's kind, what is on its way aside."""
+        settings, (objects, size) = self.plane.settings, self.plane.catalog.holds(*key)
+        objects_left = settings.objects_per_namespace - objects - self._objects_coming[key]
+        return objects_left, settings.text_bytes_per_namespace - size - self._bytes_coming[key]
+
+    def _share_left(self, home: Place, namespace: str, *, is_hint: bool = False) -> int:
+        """Half of what the others' texts leave of the tier, less one's own; hints end at a quarter.
+
+        So whoever comes next finds room: nothing evicts a text (Choudhury and Hahne's dynamic threshold, 1998).
+        """
+        quota, own = home.tier.quota_bytes, home.texts[namespace] + home.texts_coming[namespace]
+        if quota is None:
+            return sys.maxsize
+        others = home.texts.total() + home.texts_coming.total() - own
+        return (quota - others) // (4 if is_hint else 2) - own
 
     def _claims(self, pending: Pending) -> set[tuple[str, ...]]:
         new = pending.new
@@ -177,19 +222,24 @@ class Storing:
 
     def _reserve(self, pending: Pending) -> None:
         self._reserved |= self._claims(pending)
-        self._on_their_way[pending.new.namespace] += pending.old is None
+        self._count_coming(pending, 1)
 
     def _unreserve(self, pending: Pending) -> None:
         self._reserved -= self._claims(pending)
-        self._on_their_way[pending.new.namespace] -= pending.old is None
+        self._count_coming(pending, -1)
+
+    def _count_coming(self, pending: Pending, sign: int) -> None:
+        key = shelf_of(pending.new)
+        self._objects_coming[key] += sign * (pending.old is None)
+        self._bytes_coming[key] += sign * len(pending.data)
 
     def _filled(self, pending: Pending, payload: Payload) -> StateObject:
         """With what follows from the payload: chain, sizes, key, expiry."""
         new, chain = pending.new, pending.chain
         return msgspec.structs.replace(
             new,
-            chain=self.plane.chain_of(payload.token_ids, new.namespace) if chain is None else chain,
-            root=self.plane.root_of(new.namespace),
+            chain=self.plane.chain_of(payload.token_ids, new.chain_namespace) if chain is None else chain,
+            root=self.plane.root_of(new.chain_namespace),
             num_tokens=len(payload.token_ids) if chain is None else len(chain) * self.plane.settings.block_size,
             payload_bytes=len(pending.data),
             payload_key=payload_key(new.state_id, new.generation),
@@ -197,14 +247,16 @@ class Storing:
         )
 
     def _home(self, new: StateObject, must: bool) -> Place | None:
-        """The tier that answers for the object: the durable one, else the fastest of our own."""
-        for place in self.plane.places.values():
-            if new.durable and place.tier.durable:
-                return place
-        if must:
-            return None
-        new.durable = False
-        return next((place for place in self.plane.places.values() if not place.tier.shared), None)
+        """The tier that answers for the object; whether it can be durable is known from now on."""
+        home = self._home_of(durable=new.durable, must=must)
+        new.durable = new.durable and home is not None and home.tier.durable
+        return home
+
+    def _home_of(self, *, durable: bool, must: bool) -> Place | None:
+        """The durable tier where that is wanted, else the fastest of our own, unless it must be the durable one."""
+        places = [place for place in self.plane.places.values() if durable and place.tier.durable]
+        own = [] if must else [place for place in self.plane.places.values() if not place.tier.shared]
+        return next(iter([*places, *own]), None)
 
     def _copy_to_faster(self, entry: Entry, sealed: bytes, home: Place) -> None:
         """A copy in memory answers `get`; it may go at any time."""

@@ -53,6 +53,8 @@ ENGINE = {
     "--state-dir",
     "--state-host-memory",
     "--state-disk-quota",
+    "--state-tenant-bytes",
+    "--state-tenant-objects",
     "--state-remote",
     "--state-remote-key-file",
     "--state-load",

@@ -102,7 +102,8 @@ def test_a_tier_that_fails_is_told_as_it_is() -> None:
 def test_a_shared_tier_is_not_waited_for_beside_one_of_our_own() -> None:
     bench, _ = slow_bench()
     bench.cellar.shared = True  # type: ignore[misc]
-    bench.state.written.__init__(bench.store, bench.state.behind, bench.state.written._root_of)  # type: ignore[misc]
+    written = bench.state.written
+    written.__init__(bench.store, bench.state.behind, written._root_of, written._harmless)  # type: ignore[misc]
     bench.run(PROMPT, greedy(1))
     told = ask(bench)
     for _ in range(4):
@@ -114,6 +115,24 @@ def test_a_shared_tier_is_not_waited_for_beside_one_of_our_own() -> None:
 def test_a_time_that_is_none_is_refused(timeout: Any) -> None:
     with pytest.raises(InvalidRequestError, match="timeout"):
         ask(StateBench(), timeout=timeout)
+
+
+@pytest.mark.parametrize("ends", ["poll", "close"])
+def test_an_answer_that_raises_takes_nobody_elses_with_it(ends: str) -> None:
+    bench, lane = slow_bench()
+    bench.run(PROMPT, greedy(1))
+
+    def broken(written: Written) -> None:
+        raise RuntimeError("whoever asked is gone")
+
+    told: list[Written] = []
+    for then in (broken, told.append, broken, told.append):
+        bench.state.written.ask(then, token_ids=PROMPT)
+    lane.is_open = True
+    for _ in range(4 if ends == "poll" else 1):
+        lane.run()
+        bench.bench.step() if ends == "poll" else bench.state.close()
+    assert len(told) == 2 and bench.state.counters.errors == 2 and bench.state.written.is_empty
 
 
 def test_closing_answers_whoever_waits() -> None:

@@ -26,7 +26,8 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 def test_documents_asked_again(told: Any) -> None:
     sizes = ["--documents", "24", "--tokens", "64", "--questions", "72", "--turn", "9", "--pool-share", "0.3"]
-    report = told("knowledge", *sizes, "--host-share", "0.5", "--load", "always")
+    told_all = told("knowledge", *sizes, "--host-share", "0.5", "--load", "always", "--seeds", "0", "--none-every", "1")
+    (report,) = told_all["by_seed"]
     none, device, tiers = (report["arms"][name] for name in ("none", "device", "tiers"))
     assert none["hit_tokens_by_tier"] == {} and set(device["hit_tokens_by_tier"]) == {"device"}
     assert set(tiers["hit_tokens_by_tier"]) == {"device", "host", "disk"}
@@ -35,7 +36,8 @@ def test_documents_asked_again(told: Any) -> None:
     computed = tiers["by_source"]["computed"]["questions"]
     assert computed == round(72 * (1 - report["asked_again_share"]))  # whoever was asked before is found
     assert all(arm["first_answers_equal"] == 72 for arm in report["arms"].values())
-    assert report["label"] == "measured" and report["none_over_tiers_p50"] > 0
+    assert tiers["found"] == pytest.approx(report["asked_again_share"]) and device["found"] < tiers["found"]
+    assert told_all["label"] == "measured" and told_all["none_over_tiers_p50"] == report["none_over_tiers_p50"] > 0
 
 
 def test_a_restored_prefix(told: Any) -> None:

@@ -1,6 +1,6 @@
 """Documents asked again and again: what reuse brings, with the device's memory alone and with tiers below it.
 
-    python benchmarks/knowledge.py            # 500 documents, 1,000 questions for each of 3 seeds; the last line is JSON
+    python benchmarks/knowledge.py            # 500 documents, 1,000 questions a seed, 3 seeds; the last line is JSON
     python benchmarks/knowledge.py --quick    # a tenth of all that
 
 500 documents of 256 tokens (real text: Python's reference and docstrings, cut to the token) are asked 1,000
@@ -15,12 +15,12 @@ order, so that a machine that becomes slower meets all of them. Nothing is asked
 first question is cold in every arm. One question runs at a time; between two of them the engine writes behind, as a
 server's does, and the time that took is told apart. Hits are counted in tokens by the tier they lay in.
 
-Each ratio is taken per seed; the figure is the median over seeds. That of the medians against device-only reuse depends
-on luck: the pool alone finds the documents of 484 to 545 of 1,000 questions (12 seeds, the block manager replayed without
-a model, simulated; under half for 5 of them). Below half its median is a prefill, and the tiers are several times faster;
-above half it is a hit on the device, and the two medians are about the same. So `found` stands beside each, and means,
-in which no crossing hides.
-`first_answers_equal` counts first tokens equal to those without reuse, of those asked so (bf16 may differ; float32 must not).
+Each ratio is taken per seed; the figure is the median over seeds. The ratio of medians to device-only reuse depends
+on luck: the pool alone finds the documents of 484 to 545 of 1,000 questions (12 seeds through the block manager,
+without a model: simulated), of fewer than half with 5 of these seeds. There its median is a prefill, and the tiers'
+is not; above half it is a hit on the device, too, and the medians tell nothing. So `found` stands beside each, and
+the means, in which no crossing hides. `first_answers_equal` counts first tokens equal to those without reuse, of the
+questions that were asked so (bf16 may differ; float32 must not).
 Figures are measured.
 """
 

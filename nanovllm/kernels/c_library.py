@@ -32,7 +32,7 @@ logger = logging.getLogger("nanovllm")
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.c" for name in ("kernels", "grouped", "panels", "decoder", "team"))
-HEADERS = tuple(FOLDER / f"{name}.h" for name in ("kernels", "vectors", "words", "prefill"))
+HEADERS = tuple(FOLDER / f"{name}.h" for name in ("kernels", "vectors", "words", "decode", "prefill"))
 DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall", "-pthread")
 LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64-v2"}  # by torch's name of what it uses

@@ -6,6 +6,7 @@
  * The pool is [blocks, layers, 2, G, block_size, D]; `kv` points at layer l's keys in block 0.
  */
 #include "kernels.h"
+#include "words.h"
 
 #define CHUNK 256   /* keys that one unit of attention looks at; part of the result's order of sums */
 #define MAX_R 16    /* query heads that share a KV head */
@@ -102,81 +103,16 @@ static void find_keys(const step_args *a, int64_t s, int64_t g, int64_t first, i
     }
 }
 
-/* One sequence's R query heads against one KV head's keys of one chunk. `heads` and `vecs` are constants where it
- * matters, so that sums stay in registers: the compiler makes a copy of this function for each such pair. */
-INLINE void attend_unit(const step_args *a, int64_t unit, int64_t g, const int heads, const int vecs) {
-    int64_t s = a->unit_seqs[unit], context = a->contexts[s], dim = a->dim;
-    int64_t from = a->window && context > a->window ? context - a->window : 0;
-    int64_t chunk = (from / CHUNK + unit - a->first_units[s]) * CHUNK;
-    int64_t first = from > chunk ? from : chunk, count = least(chunk + CHUNK, context) - first;
-    int64_t side = a->kv_heads * a->block_size * dim, width = a->heads + 2 * a->kv_heads;
-    const elem *keys[CHUNK], *q = a->qkv + (a->decode_rows[s] * width + g * heads) * dim;
-    float scores[MAX_R][CHUNK];
-    vec queries[MAX_R][MAX_D / LANES], sums[MAX_R][MAX_D / LANES];
-    find_keys(a, a->decodes[s], g, first, count, keys);
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < vecs; i++) {
-            queries[h][i] = load(q + h * dim + i * LANES) * a->scale;
-            sums[h][i] = every(0);
-        }
-    for (int64_t t = 0; t < count; t += LANES) {
-        vec dots[MAX_R][LANES];
-        for (int64_t at = 0; at < LANES; at++) {
-            const elem *key = keys[least(t + at, count - 1)]; /* behind the last: computed again, not counted */
-            const elem *ahead = keys[least(t + at + LANES, count - 1)]; /* blocks lie apart: no prefetcher follows */
-            for (int64_t i = 0; i < vecs * LANES; i += 64 / sizeof(elem)) {
-                __builtin_prefetch(ahead + i);
-                __builtin_prefetch(key + side + i);
-            }
-            for (int h = 0; h < heads; h++) dots[h][at] = every(0);
-            for (int i = 0; i < vecs; i++) {
-                vec part = load(key + i * LANES);
-                for (int h = 0; h < heads; h++) dots[h][at] += queries[h][i] * part;
-            }
-        }
-        for (int h = 0; h < heads; h++) {
-            vec dot = sums_of(dots[h]);
-            memcpy(scores[h] + t, &dot, sizeof dot);
-        }
-    }
-    float *out = a->partial + (unit * a->kv_heads + g) * heads * (dim + 2);
-    for (int h = 0; h < heads; h++, out += dim + 2) {
-        vec top = every(-__builtin_inff()), weight = every(0);
-        for (int64_t t = count; t % LANES; t++) scores[h][t] = -__builtin_inff();
-        for (int64_t t = 0; t < count; t += LANES) {
-            vec x;
-            memcpy(&x, scores[h] + t, sizeof x);
-            top = larger(x, top);
-        }
-        float most = largest(top);
-        for (int64_t t = 0; t < count; t += LANES) {
-            vec x;
-            memcpy(&x, scores[h] + t, sizeof x);
-            x = exponential(x - most);
-            memcpy(scores[h] + t, &x, sizeof x);
-            weight += x;
-        }
-        out[dim] = sum(weight);
-        out[dim + 1] = most;
-    }
-    for (int64_t t = 0; t < count; t++)
-        for (int i = 0; i < vecs; i++) {
-            vec value = load(keys[t] + side + i * LANES);
-            for (int h = 0; h < heads; h++) sums[h][i] += scores[h][t] * value;
-        }
-    out = a->partial + (unit * a->kv_heads + g) * heads * (dim + 2);
-    for (int h = 0; h < heads; h++, out += dim + 2)
-        for (int i = 0; i < vecs; i++) memcpy(out + i * LANES, &sums[h][i], sizeof(vec));
-}
+#include "decode.h"
 
 static void attend(const job *j, int64_t item) {
     const step_args *a = j->args;
     int64_t unit = item / a->kv_heads, g = item % a->kv_heads;
-    int heads = (int)(a->heads / a->kv_heads), vecs = (int)(a->dim / LANES);
+    int heads = (int)(a->heads / a->kv_heads);
 #define CASE(H, D) \
-    if (heads == H && a->dim == D) return attend_unit(a, unit, g, H, D / LANES);
+    if (heads == H && a->dim == D) return attend_unit(a, unit, g, H, D);
     CASE(1, 64) CASE(2, 64) CASE(3, 64) CASE(4, 64) CASE(7, 64) CASE(2, 128) CASE(3, 128) CASE(4, 128)
-    attend_unit(a, unit, g, heads, vecs);
+    attend_unit(a, unit, g, heads, (int)a->dim);
 }
 
 /* The chunks of one head of one sequence, in order: each counts by its weight at the common largest score. */

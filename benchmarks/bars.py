@@ -89,7 +89,9 @@ BARS = (
     Bar(
         6, "500 documents, median TTFT with device-only reuse over tiers", KNOWLEDGE, "device_over_tiers_p50", ">=", 1.0
     ),
-    Bar(6, "500 documents, mean TTFT with device-only reuse over tiers", KNOWLEDGE, "device_over_tiers_mean", ">=", 1.0),
+    Bar(
+        6, "500 documents, mean TTFT with device-only reuse over tiers", KNOWLEDGE, "device_over_tiers_mean", ">=", 1.0
+    ),
     Bar(6, "20 turns, kill -9 after each: answers as unkilled", SESSIONS, "turns_equal", ">=", 20),
     Bar(6, "20 turns, from turn 5 on: reusable tokens that come from disk", SESSIONS, "disk_share_min", ">=", 0.9),
     Bar(

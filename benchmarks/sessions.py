@@ -192,16 +192,20 @@ def warm_up(server: KillableServer) -> float:
     )
 
 
+TIMES = ("T_queue ms", "TTFT ms", "unkilled TTFT ms", "cold TTFT ms", "start s")
+COLUMNS = ("turn", "prompt tokens", "KV MiB", "pages", "cached", "from disk", *TIMES, "equal")
+
+
 def report(args: argparse.Namespace, rows: list[Row]) -> None:
-    """A table, then the JSON line."""
-    print(f"{'turn':>4} {'prompt':>6} {'KV MiB':>7} {'pages':8}{'cached':>7} {'disk':>6} {'T_queue':>8} {'TTFT':>8}"
-          f" {'alive':>8} {'cold':>8} {'start s':>8}  equal   (ms, measured)")  # fmt: skip
+    """A Markdown table, for dev/LOG.md, too; then the JSON line."""
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for row in rows:
         share = "" if row.disk_share is None else f"{row.disk_share:.0%}"
         cold = "" if row.cold_ms is None else f"{row.cold_ms:.0f}"
-        print(f"{row.turn:4} {row.killed.prompt_tokens:6} {row.kv_bytes / 2**20:7.1f} {row.pages:8}"
-              f"{row.killed.cached_tokens:7} {share:>6} {row.killed.t_queue_ms:8.1f} {row.killed.ttft_ms:8.1f}"
-              f" {row.alive.ttft_ms:8.1f} {cold:>8} {row.start_s:8.1f}  {row.is_equal}")  # fmt: skip
+        print(f"| {row.turn} | {row.killed.prompt_tokens:,} | {row.kv_bytes / 2**20:.1f} | {row.pages} |"
+              f" {row.killed.cached_tokens:,} | {share} | {row.killed.t_queue_ms:.1f} | {row.killed.ttft_ms:.1f} |"
+              f" {row.alive.ttft_ms:.1f} | {cold} | {row.start_s:.1f} |"
+              f" {'yes' if row.is_equal else 'no'} |")  # fmt: skip
     print(json.dumps(document(args, rows)))
 
 

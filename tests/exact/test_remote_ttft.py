@@ -25,7 +25,7 @@ from tests.state.servers import Proxy, needs_server, running_server
 
 pytestmark = [pytest.mark.long, pytest.mark.model, pytest.mark.timeout(900), needs_server]
 BOUND = 1.5  # measured 1.0 to 1.3 on a busy machine
-NUM_PROMPTS, LENGTH = 16, 120
+NUM_PROMPTS, LENGTH = 32, 96
 
 
 @dataclass

@@ -17,7 +17,7 @@ from nanovllm.cli.session import interruptible
 from nanovllm.core.cache_dir import cache_dir
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.errors import InvalidRequestError, StateNotFoundError
-from nanovllm.serve.items import CONVERSATION, RESERVED, message_item, text_of
+from nanovllm.serve.items import CONVERSATION, RESERVED, is_turn, message_item, text_of
 from nanovllm.state.objects import DEFAULT_NAMESPACE, Session, check_name
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class KeptAnswers(LocalAnswers):
         except StateNotFoundError:
             return
         session = store.get(obj.state_id)
-        if not isinstance(session, Session) or session.facts.get("object") != CONVERSATION:
+        if not isinstance(session, Session) or not is_turn(session, CONVERSATION):
             raise InvalidRequestError(
                 f"{self._name} is kept here, but is no conversation.",
                 param="session",

@@ -7,7 +7,8 @@ and deleted; its metadata is the client's, its name unique for its tenant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -40,7 +41,8 @@ async def create(request: Request) -> Response:
     await services.turns.check_room(ticket.tenant)
     items = stored_items(body.items or [], "items")
     session = Session(items, (), {"object": CONVERSATION, "metadata": body.metadata or {}})
-    state_id = await services.turns.keep(ticket.tenant, session, body.name)
+    with _in_items():
+        state_id = await services.turns.keep(ticket.tenant, session, body.name)
     kept = await services.turns.find(ticket.tenant, CONVERSATION, CONVERSATION_PREFIX + state_id, "conversation_id")
     return json_of(shown(kept))
 
@@ -96,7 +98,8 @@ async def add_items(request: Request) -> Response:
         check_count(len(talk.messages) + len(added), services.limits, "items")
         return Session([*talk.messages, *added], talk.token_ids, talk.facts)
 
-    await _change(request, longer)
+    with _in_items():
+        await _change(request, longer)
     return listed(added)
 
 
@@ -146,6 +149,16 @@ async def _change(request: Request, change: Change) -> None:
     with services.turns.claimed(ticket.tenant, kept):
         fresh = await _named(request)
         await services.turns.replace(ticket.tenant, fresh, change(fresh.session))
+
+
+@contextmanager
+def _in_items() -> Iterator[None]:
+    """What is too large came in `items` here."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        error.param = "items" if error.param == "input" else error.param
+        raise
 
 
 def _place(stored: Sequence[Any], request: Request) -> int:

@@ -26,6 +26,8 @@ from nanovllm.serve.protocol import (
     UserMessage,
 )
 from nanovllm.serve.response_protocol import Item, ItemContent, RefusalPart
+from nanovllm.serve.response_replies import ItemReply
+from nanovllm.state.objects import Session
 
 Stored = dict[str, Any]
 RESPONSE, CONVERSATION = "response", "conversation"  # what a stored turn says it is
@@ -69,6 +71,27 @@ def messages_of(items: Sequence[Mapping[str, Any]]) -> list[Message]:
         else:
             messages.append(_SPEAKERS[item["role"]](text_of(item)))
     return messages
+
+
+class Facts(msgspec.Struct):
+    """What stands beside the items of a stored turn."""
+
+    object: str
+    response: str = ""
+    num_input: int = 0
+    asked: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    marks: list[tuple[int, int]] = []
+    is_cut: bool = False
+
+
+def is_turn(session: Session, kind: str) -> bool:
+    """Whether it is a response or a conversation as it was kept here; what is imported may be anything."""
+    try:
+        msgspec.convert([*session.messages], list[ItemReply])
+        return msgspec.convert(dict(session.facts), Facts).object == kind
+    except msgspec.ValidationError:
+        return False
 
 
 def message_item(role: str, text: str, status: str = "completed") -> Stored:

@@ -108,11 +108,17 @@ def test_a_folder_is_the_same_to_both(nanovllm: Run, tmp_path: Path) -> None:
 
 def test_what_is_no_conversation_of_chats_says_how_to_go_on(nanovllm: Run, tmp_path: Path) -> None:
     """A session of the state plane, and a conversation with calls."""
-    call = {"type": "function_call", "id": "fc", "call_id": "c", "name": "f", "arguments": "{}"}
+    call = {"type": "function_call", "id": "fc", "call_id": "c", "name": "f", "arguments": "{}", "status": "completed"}
     with StateStore.open(tmp_path) as store:
         store.put([{"role": "user", "content": "x"}], {"name": "plain", "kind": "session"})
         store.put(Session([call], (), {"object": "conversation"}), {"name": "called", "kind": "session"})
-    for name, mend in (("plain", "nanovllm state show plain"), ("called", "/v1/responses"), ("conv_x", "another name")):
+        store.put(Session([{"role": "user"}], (), {"object": "conversation"}), {"name": "odd", "kind": "session"})
+    for name, mend in (
+        ("plain", "nanovllm state show plain"),
+        ("odd", "state show odd"),
+        ("called", "/v1/responses"),
+        ("conv_x", "another name"),
+    ):
         done = nanovllm(*CHAT, "--session", name, "--state-dir", str(tmp_path), stdin="x\n")
         assert done.returncode == 2 and mend in done.stderr, done.stderr
 

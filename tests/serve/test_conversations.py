@@ -74,6 +74,9 @@ def test_nothing_is_added_that_no_turn_could_read(ai: OpenAI, server: Callable[.
         with pytest.raises(BadRequestError) as caught:
             ai.conversations.items.create(talk.id, items=[call])  # type: ignore[list-item]
         assert caught.value.body["param"] == "items[0].arguments"
+    with pytest.raises(BadRequestError) as caught:
+        ai.conversations.items.create(talk.id, items=[{"role": "user", "content": "x" * 5_000_000}])
+    assert caught.value.body["param"] == "items"
     few = server(num_blocks=256, limit_messages=3)
     talk_id = few.ask("POST", "/v1/conversations", {}).json["id"]
     statuses = []
@@ -134,9 +137,9 @@ def test_a_change_from_elsewhere_refuses_the_turn_at_its_end(tiny: Live, ai: Ope
     talk = ai.conversations.create()
     replaced = tiny.services.turns.replace
 
-    async def too_late(tenant: Any, kept: Any, session: Any) -> None:
+    async def too_late(tenant: Any, kept: Any, session: Any, *more: Any) -> None:
         await replaced(tenant, kept, kept.session)  # somebody else was quicker
-        await replaced(tenant, kept, session)
+        await replaced(tenant, kept, session, *more)
 
     tiny.services.turns.replace = too_late  # type: ignore[method-assign]
     try:

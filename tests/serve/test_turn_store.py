@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 from openai import APIError, APIStatusError, NotFoundError
 
 from nanovllm.errors import TierError
+from nanovllm.state.objects import Session
 from nanovllm.state.store import StateStore
 from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ask, clients, own, texts
 from tests.serve.servers import (
@@ -227,6 +229,32 @@ def test_a_disk_that_takes_nothing_fails_the_turn_and_not_the_server(
         assert ai.responses.retrieve(kept.id) == kept
         monkeypatch.undo()
         assert_at_rest(live)
+
+
+@thread_only("it looks into the engine's store")
+@pytest.mark.parametrize(
+    ("messages", "facts"),
+    [
+        ([{"role": "user", "content": "x"}], {}),
+        ([{"type": "message"}], {}),
+        ([], {"marks": ["x"]}),
+        ([], {"asked": []}),
+        ([], {"metadata": {"a": 1}}),
+    ],
+)
+def test_what_was_imported_and_is_no_turn_is_not_there(
+    server: Callable[..., LiveServer], messages: list[Any], facts: dict[str, Any]
+) -> None:
+    """An operator's bundle may hold anything; a tenant's call on it is a 404, not a failure of the server."""
+    live = server(num_blocks=256)
+    call = live.services.engine.call_state("put", obj=Session(messages, (), {"object": "conversation", **facts}))
+    assert live.server._loop is not None
+    state_id = asyncio.run_coroutine_threadsafe(call, live.server._loop).result(10)
+    path = f"/v1/conversations/conv_{state_id}"
+    body = {"conversation": f"conv_{state_id}", "input": "x"}
+    for answer in (live.get(path), live.get(f"{path}/items"), live.ask("DELETE", f"{path}/items/x"),
+                   live.ask("POST", "/v1/responses", body)):  # fmt: skip
+        assert answer.status == 404, answer.body
 
 
 def test_without_a_folder_turns_end_with_the_process(clients: Clients) -> None:

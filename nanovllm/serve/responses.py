@@ -152,6 +152,9 @@ async def _answer(
         body.store is not False,
         session,
     )
+    if turn.is_kept:
+        room = services.engine.info.max_model_len - len(prompt.token_ids)
+        await turn.check_room(min(asked.params.max_tokens or room, room))
     order = replace(asked.order(prompt, session), grammar_param=our_name(asked.grammar_param))
     return Answer(services, ticket, order, rendering, asked.streaming.is_stream, turn)
 

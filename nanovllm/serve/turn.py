@@ -27,6 +27,8 @@ from nanovllm.serve.turn_history import History, diagnose
 from nanovllm.serve.turn_store import Kept
 from nanovllm.state.objects import Session
 
+TOKEN_BYTES, FACTS_BYTES = 24, 4096  # of a token in a stored turn, and of what stands beside its text
+
 
 @dataclass(eq=False)
 class Turn(Course):
@@ -47,13 +49,24 @@ class Turn(Course):
     async def before_last_byte(self, finished: list[Finished]) -> None:
         """Count, keep, and wait a little for the KV. A client that leaves now leaves a whole turn behind."""
         self._count(finished)
-        is_kept = self.is_stored or self.conversation is not None
-        if is_kept:
+        if self.is_kept:
             with anyio.CancelScope(shield=True):
                 await self._keep()
-        if is_kept or self.session:
-            namespace = self.ticket.tenant.namespace if self.prompt.namespace is None else self.prompt.namespace
-            await self.services.turns.written(namespace, self._token_ids)
+        if self.is_kept or self.session:
+            await self.services.turns.written(self._kv_namespace, self._token_ids)
+
+    async def check_room(self, max_tokens: int) -> None:
+        """Before anything is computed. Raises SessionQuotaError where so long a turn would find no room.
+
+        The size is an estimate: items twice as JSON, and of each token its id and what is usual of its text.
+        """
+        tokens = len(self.prompt.token_ids) + max_tokens
+        size = 2 * len(msgspec.json.encode(self.items)) + TOKEN_BYTES * tokens + FACTS_BYTES
+        old = 0 if self.conversation is None else self.conversation.obj.payload_bytes
+        copies = self.is_stored + (self.conversation is not None)
+        await self.services.turns.check_room(
+            self.ticket.tenant, more_objects=int(self.is_stored), more_bytes=max(copies * size - old, 0)
+        )
 
     def failed(self, error: dict[str, dict[str, str | None]]) -> bytes:
         """In the stream's own words."""
@@ -63,6 +76,16 @@ class Turn(Course):
         """The conversation is free for the next turn."""
         if self.conversation is not None:
             self.services.turns.unclaim((self.ticket.tenant.owner, self.conversation.obj.state_id))
+
+    @property
+    def is_kept(self) -> bool:
+        """As a response, in a conversation, or both."""
+        return self.is_stored or self.conversation is not None
+
+    @property
+    def _kv_namespace(self) -> str:
+        """Where the prompt's KV lies."""
+        return self.ticket.tenant.namespace if self.prompt.namespace is None else self.prompt.namespace
 
     @property
     def _token_ids(self) -> list[int]:
@@ -80,10 +103,10 @@ class Turn(Course):
         """The response first: it goes again where its conversation cannot follow."""
         turns, tenant, name = self.services.turns, self.ticket.tenant, self.draft.head.response_id
         if self.is_stored:
-            await turns.keep(tenant, self._response(), name)
+            await turns.keep(tenant, self._response(), name, self._kv_namespace)
         if self.conversation is not None:
             try:
-                await turns.replace(tenant, self.conversation, self._talk(self.conversation))
+                await turns.replace(tenant, self.conversation, self._talk(self.conversation), self._kv_namespace)
             except NanoVLLMError:
                 if self.is_stored:
                     await turns.drop_named(tenant, name)

@@ -28,12 +28,13 @@ from nanovllm.errors import (
 )
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.context import Tenant
-from nanovllm.serve.items import CONVERSATION, RESPONSE
+from nanovllm.serve.items import CONVERSATION, RESPONSE, is_turn
 from nanovllm.state.objects import Session, StateObject
 
 KIND = "session"
 CONVERSATION_PREFIX = "conv_"
 _FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r"conv_([0-9a-f]{32})")}
+FEWER = "Delete responses or conversations, or send store: false."
 STATE_S = 60.0  # for one call on the state; a tier's own deadlines are seconds
 
 
@@ -78,7 +79,7 @@ class TurnStore:
             session = await self._call("get", state_id=obj.state_id, namespace=namespace)
         except StateNotFoundError:
             raise missing from None
-        if not isinstance(session, Session) or session.facts.get("object") != kind:
+        if not isinstance(session, Session) or not is_turn(session, kind):
             raise missing
         return Kept(obj, session)
 
@@ -89,8 +90,8 @@ class TurnStore:
             return [await self.find(tenant, CONVERSATION, CONVERSATION_PREFIX + obj.state_id, "name") for obj in found]
         return []
 
-    async def check_room(self, tenant: Tenant, *, more_objects: int = 1) -> None:
-        """Raise SessionQuotaError where the tenant keeps as much as it may."""
+    async def check_room(self, tenant: Tenant, *, more_objects: int = 1, more_bytes: int = 0) -> None:
+        """Raise SessionQuotaError where the tenant keeps as much as it may, or so much more would find no room."""
         held = await self._call("holdings", namespace=store_namespace(tenant.owner), kind=KIND)
         limits = {
             "objects": self.config.max_tenant_sessions - more_objects,
@@ -101,21 +102,39 @@ class TurnStore:
                 raise SessionQuotaError(
                     f"This key keeps {held[what]:,} {what} of stored turns: it may have no more.",
                     param="store",
-                    hint="Delete responses or conversations, or send store: false.",
+                    hint=FEWER,
                 )
+        if held["objects_left"] < more_objects or held["bytes_left"] < more_bytes:
+            raise SessionQuotaError(
+                f"There is room for {held['bytes_left']:,} more bytes of this key's turns; this one may take "
+                f"{more_bytes:,}.",
+                param="store",
+                hint=FEWER,
+            )
 
-    async def keep(self, tenant: Tenant, session: Session, name: str | None = None) -> str:
-        """Store it; its state id. Raises StateRefusedError, StateConflictError (the name is taken)."""
-        metadata = {"kind": KIND, "name": name, "namespace": store_namespace(tenant.owner)}
+    async def keep(
+        self, tenant: Tenant, session: Session, name: str | None = None, kv_namespace: str | None = None
+    ) -> str:
+        """Store it; its state id. `kv_namespace`: where its tokens were computed.
+
+        Raises StateRefusedError, StateConflictError (the name is taken).
+        """
+        where = None if kv_namespace is None else store_namespace(kv_namespace)
+        metadata = {"kind": KIND, "name": name, "namespace": store_namespace(tenant.owner), "kv_namespace": where}
         try:
             state_id = await self._call("put", obj=session, metadata=metadata | {"ttl": self.config.session_ttl})
         except (StateRefusedError, InvalidRequestError) as error:
             raise _in_our_words(error) from None
         return str(state_id)
 
-    async def replace(self, tenant: Tenant, kept: Kept, session: Session) -> None:
-        """Its next generation. Raises StateConflictError where it has one already, StateNotFoundError."""
-        where = {"state_id": kept.obj.state_id, "namespace": store_namespace(tenant.owner)}
+    async def replace(self, tenant: Tenant, kept: Kept, session: Session, kv_namespace: str | None = None) -> None:
+        """Its next generation; `kv_namespace` as for `keep`, where it was before if none is named.
+
+        Raises StateConflictError where it has one already, StateNotFoundError.
+        """
+        where: dict[str, Any] = {"state_id": kept.obj.state_id, "namespace": store_namespace(tenant.owner)}
+        if kv_namespace is not None:
+            where["kv_namespace"] = store_namespace(kv_namespace)
         try:
             await self._call("update", obj=session, generation=kept.obj.generation, **where)
         except StateConflictError:

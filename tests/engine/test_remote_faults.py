@@ -234,16 +234,20 @@ def test_only_who_has_the_key_is_believed(cold: list[int], tmp_path: Path) -> No
 
 
 def test_a_key_file_must_hold_a_key(tmp_path: Path) -> None:
-    short = tmp_path / "short"
+    short, long = tmp_path / "short", tmp_path / "long"
     short.write_text("secret")
+    with long.open("wb") as file:
+        file.truncate(1 << 40)  # a hole: whoever read it whole would read a terabyte
     for settings in (
         {"state_remote": "redis://127.0.0.1:1", "state_remote_key_file": str(short)},
+        {"state_remote": "redis://127.0.0.1:1", "state_remote_key_file": str(long)},
+        {"state_remote": "redis://127.0.0.1:1", "state_remote_key_file": "/dev/zero"},
         {"state_remote": "redis://127.0.0.1:1", "state_remote_key_file": str(tmp_path / "nowhere")},
         {"state_remote_key_file": str(short)},
     ):
         with pytest.raises(ConfigError) as refused:
             LLM(**TINY, **settings)
-        assert refused.value.param == "state_remote_key_file"
+        assert refused.value.param == "state_remote_key_file" and refused.value.hint
 
 
 def test_a_full_server_stops_the_writing(cold: list[int], tmp_path: Path) -> None:  # noqa: F811
@@ -288,3 +292,40 @@ def _stranger() -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"redis://127.0.0.1:{server.server_port}/0"
         server.shutdown()
+
+
+@pytest.mark.parametrize("fault", ["", "paused", "slow"])
+def test_what_is_deleted_goes_from_the_server_now_or_when_it_answers_again(
+    cold: list[int],  # noqa: F811
+    tmp_path: Path,
+    fault: str,
+) -> None:
+    with shared(tmp_path) as one:
+        store = one.llm.state_store
+        state_id = store.put(PROMPT)
+        other = store.put(OTHER)
+        for prompt in (PROMPT, OTHER):
+            one.llm.generate([prompt], GREEDY)
+            settle(one.llm)
+        theirs = {_name(digest) for digest in store.find(other).chain}
+        ours = {_name(digest) for digest in store.find(state_id).chain}
+        assert len(ours) == 17 and ours | theirs <= set(one.heads())
+        if fault:
+            GONE[fault](one)
+        receipt = store.drop(state_id)
+        assert receipt.ok != bool(fault) and store.match(PROMPT).num_tokens == 0
+        if fault:
+            assert "not yet removed from remote" in receipt.reason
+            os.kill(one.process.pid, signal.SIGCONT)
+            one.proxy.delay_s = 0.0
+            for _ in range(5):  # the debt is paid by the next steps
+                store.tick()
+                store.settle()
+        left = set(one.client.scan_iter())
+        assert not ours & left and theirs <= left, "nothing else went"
+        assert not any(name.startswith(head + b":") for head in ours for name in left), "its parts neither"
+        assert not store.plane.owed.get("remote") and one.place.writes.state == "closed"
+
+
+def _name(digest: bytes) -> bytes:
+    return b"nanovllm:" + digest.hex().encode()

@@ -31,6 +31,7 @@ from nanovllm.kernels.interface import (
     StepLayout,
     WholeDecoder,
 )
+from nanovllm.kernels.large_pages import LargePages
 from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel
 from nanovllm.kernels.whole_decoder import WholeDecoder as CompiledDecoder
@@ -47,7 +48,7 @@ class CompiledKernels(CpuKernels):
 
     def __init__(self, instructions: list[str] | None = None) -> None:
         self._libraries = {dtype: c_library.load(dtype, instructions) for dtype in DEFINES}
-        self._parallel = c_library.parallel()
+        self._parallel, self._pages = c_library.parallel(), LargePages()
         self.has_matrix_unit = torch.cpu._is_amx_tile_supported()
 
     def linear(
@@ -65,11 +66,11 @@ class CompiledKernels(CpuKernels):
         library, dtype = self._libraries[weight.dtype], torch.float32 if is_head else weight.dtype
         if not can_panel(weight, library) or (self.has_matrix_unit and weight.dtype == torch.bfloat16):
             return super().linear(weight, bias)
-        panels = PanelLinear(weight, bias, library, self._parallel, dtype)
+        panels = PanelLinear(weight, bias, library, self._parallel, self._pages, dtype)
         groups = grouped() if grouped is not None and weight.dtype == torch.bfloat16 else None
         if groups is None or not can_group(groups):
             return panels
-        return GroupedLinear(groups, bias, panels, library, self._parallel, dtype)
+        return GroupedLinear(groups, bias, panels, library, self._parallel, self._pages, dtype)
 
     def whole(
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float

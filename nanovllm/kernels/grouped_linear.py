@@ -14,6 +14,7 @@ import torch
 from nanovllm.kernels.c_library import GroupedArgs
 from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import Linear
+from nanovllm.kernels.large_pages import LargePages
 
 FEW, MAX_IN, INPUTS, OUTPUTS = 4, 32768, 64, 16  # as in grouped.c
 
@@ -34,11 +35,13 @@ class GroupedLinear:
         many: Linear,
         library: ctypes.CDLL,
         parallel: int | None,
+        pages: LargePages,
         dtype: torch.dtype,
     ) -> None:
         self.many, self._library, self._parallel = many, library, parallel
         self._outputs, self._inputs = weight.codes.shape
-        self._arrays = (weight.stored(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets), bias)
+        arrays = (weight.stored(), torch.from_numpy(weight.scales), torch.from_numpy(weight.offsets))
+        self._arrays = (*map(pages.copy, arrays), bias)
         self._addresses = [None if array is None else array.data_ptr() for array in self._arrays]
         self._bits, self.dtype = weight.bits, dtype
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.c_library import PanelArgs
+from nanovllm.kernels.large_pages import LargePages
 
 WORD_BYTES = 4
 
@@ -30,11 +31,12 @@ class PanelLinear:
         bias: torch.Tensor | None,
         library: ctypes.CDLL,
         parallel: int | None,
+        pages: LargePages,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._library, self._parallel = library, parallel
         self._outputs, self._inputs = weight.shape
-        self._panels, self._bias = in_panels(weight, library.panel_width()), bias
+        self._panels, self._bias = pages.copy(in_panels(weight, library.panel_width())), bias
         self.dtype = dtype or weight.dtype
 
     def args(self, x: int | None = None, y: int | None = None, rows: int = 0) -> PanelArgs:
@@ -56,4 +58,4 @@ def in_panels(weight: torch.Tensor, width: int) -> torch.Tensor:
     outputs, inputs = weight.shape
     per_word = WORD_BYTES // weight.itemsize
     padded = F.pad(weight, (0, 0, 0, -outputs % width))
-    return padded.view(-1, width, inputs // per_word, per_word).transpose(1, 2).contiguous()
+    return padded.view(-1, width, inputs // per_word, per_word).transpose(1, 2)

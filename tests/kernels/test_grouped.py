@@ -19,6 +19,7 @@ from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
 from nanovllm.kernels.grouped_weight import GROUP, GroupedWeight
+from nanovllm.kernels.large_pages import LargePages
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.panel_linear import PanelLinear
 from nanovllm.kernels.whole_decoder import WholeDecoder
@@ -72,7 +73,7 @@ def test_the_product_is_that_of_the_restored_weight(
     x = torch.randn(rows, inputs * 64).to(dtype)
     bias = torch.randn(outputs * 16).to(dtype) if has_bias else None
     many = PackedLinear(torch.zeros(outputs * 16, inputs * 64), None)
-    linear = GroupedLinear(weight, bias, many, c_library.load(dtype), c_library.parallel(), result)
+    linear = GroupedLinear(weight, bias, many, c_library.load(dtype), c_library.parallel(), LargePages(), result)
     expected = x.double() @ weight.restored().double().T + (0 if bias is None else bias.double())
     tolerance = {torch.float32: 5e-5, torch.bfloat16: 8e-3}[result]
     torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance)
@@ -124,7 +125,9 @@ def test_a_team_serves_calls_one_after_another_and_ends() -> None:
     library, weight = c_library.load(torch.float32), drawn(64 * 16, 64, 8)
     before = threading.active_count(), len(os.listdir("/proc/self/task"))
     x = torch.randn(2, 64)
-    linear = GroupedLinear(weight, None, PackedLinear(weight.restored(), None), library, None, torch.float32)
+    linear = GroupedLinear(
+        weight, None, PackedLinear(weight.restored(), None), library, None, LargePages(), torch.float32
+    )
     alone, team = linear(x), library.team_open(3)
     parallel = ctypes.cast(library.team_parallel, ctypes.c_void_p)
     y = torch.zeros_like(alone)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
+from nanovllm.kernels.large_pages import CHUNK_BYTES, LargePages
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel, in_panels
 
 CAPPED = [c_library.march("x86-64-v3")] if platform.machine() == "x86_64" else []  # as for an AVX2 machine
@@ -42,7 +43,7 @@ def test_the_product_is_the_weights(
         assert dtype == torch.bfloat16  # this build multiplies floats only
         return
     result = torch.float32 if is_float else dtype
-    linear = PanelLinear(weight, bias if has_bias else None, library, c_library.parallel(), result)
+    linear = PanelLinear(weight, bias if has_bias else None, library, c_library.parallel(), LargePages(), result)
     expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
     tolerance = 1e-4 if result == torch.float32 else 1e-2
     torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance)
@@ -64,3 +65,12 @@ def test_what_is_no_whole_word_is_left_to_another_product() -> None:
     assert not isinstance(kernels.linear(odd, None), PanelLinear)
     assert isinstance(kernels.linear(odd.float(), None), PanelLinear)
     assert kernels.linear(odd.float(), None)(torch.randn(0, 5)).shape == (0, 8)
+
+
+def test_copies_in_large_pages_are_aligned_and_apart() -> None:
+    pages = LargePages()
+    parts = [torch.arange(n, dtype=torch.int32) + n for n in (1, 100, 0, CHUNK_BYTES // 8, CHUNK_BYTES // 2, 7)]
+    copies = [pages.copy(part) for part in parts]
+    assert all(torch.equal(copy, part) for copy, part in zip(copies, parts, strict=True))
+    assert all(copy.data_ptr() % 64 == 0 for copy in copies if len(copy))
+    assert pages.copy(torch.ones(4, 6).T).is_contiguous()

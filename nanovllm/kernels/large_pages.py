@@ -1,0 +1,40 @@
+"""Memory for weights in large pages: a step reads all of them, and looks up fewer addresses.
+
+What it is: copies of tensors, laid one behind another. What it knows nothing about: what they mean. Invariants: a
+copy is aligned to a cache line and lives as long as somebody holds it; where the system has no large pages it lies in
+ordinary ones. Measured: products of few rows take two thirds of the time (dev/LOG.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import torch
+
+CHUNK_BYTES, LINE_BYTES = 32 << 20, 64
+
+
+class LargePages:
+    """Chunks of memory, filled from front to back."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` in such memory, contiguous."""
+        size = -(-tensor.nbytes // LINE_BYTES) * LINE_BYTES
+        if not size:
+            return tensor.clone()
+        if size > len(self._free):
+            self._free = _chunk(max(size, CHUNK_BYTES))
+        place, self._free = self._free[: tensor.nbytes], self._free[size:]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _chunk(size: int) -> torch.Tensor:
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

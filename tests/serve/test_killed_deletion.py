@@ -67,7 +67,7 @@ def found(folder: Path, pieces: list[bytes]) -> list[bytes]:
     return [piece for piece in pieces if piece in whole]
 
 
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("kind", ["knowledge", "conversation", pytest.param("response", marks=LONG)])
 def test_killed_as_soon_as_a_deletion_is_acknowledged(tmp_path: Path, process: Process, kind: str) -> None:
     server = process("--state-dir", str(tmp_path), "--num-blocks", "256")
     paths = {each: keep(server, each) for each in TEXTS}

@@ -97,7 +97,10 @@ class RemoteSession:
                 time.sleep(FREE_S)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        answer = json.loads(exchange(self._address, method, path, body, most_bytes=MOST_BYTES))
-        if not isinstance(answer, dict):
+        try:
+            answer = json.loads(exchange(self._address, method, path, body, most_bytes=MOST_BYTES))
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict) or not {"id", "data", "deleted"} & {*answer}:
             raise RemoteError("The server sent no object; it may keep no conversations.", code="not_json")
         return answer

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,26 @@ def test_what_is_no_conversation_of_chats_says_how_to_go_on(nanovllm: Run, tmp_p
     ):
         done = nanovllm(*CHAT, "--session", name, "--state-dir", str(tmp_path), stdin="x\n")
         assert done.returncode == 2 and mend in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("said", [b"<html>", b"[]", b"{}", b"[" * 100_000])
+def test_a_server_that_keeps_no_conversations_is_told_in_a_sentence(nanovllm: Run, said: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        done = nanovllm("chat", "--url", url, "--model", "x", "--session", "ada", stdin="x\n")
+        other.shutdown()
+    assert done.returncode == 1 and "may keep no conversations" in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -95,9 +95,9 @@ class Stage:
 
     def engine(self, where: str = "home") -> LLM:
         if where not in self.engines:
-            size = self.world.block_size
-            common: dict[str, Any] = {"prefix_mode": "reuse", "block_size": size, "num_blocks": 64, "kv_memory": None}
-            common |= {"max_model_len": 40 * size, "check_invariants": True, "state_load": "always"}
+            size, blocks = self.world.block_size, 256 if self.world.every_token else 64  # a cell's prompts, all of them
+            common: dict[str, Any] = {"prefix_mode": "reuse", "block_size": size, "max_model_len": 40 * size}
+            common |= {"num_blocks": blocks, "kv_memory": None, "check_invariants": True, "state_load": "always"}
             self.engines[where] = sharing_model(self.world.llm, **common, **self.settings[where])
         return self.engines[where]
 

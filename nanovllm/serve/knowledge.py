@@ -63,10 +63,11 @@ class Knowledge:
         asked = [self._passage(services, tenant, name, f"knowledge[{i}]") for i, name in enumerate(names)]
         return in_order(await asyncio.gather(*asked))
 
-    def forget(self, obj: StateObject) -> None:
-        """It was removed: no copy of it stays here."""
-        gone = self._passages.pop((obj.state_id, obj.generation), None)
-        self._num_tokens -= 0 if gone is None else len(gone.token_ids)
+    def forget(self, *, state_id: str = "", namespace: str = "", label: str = "") -> None:
+        """It was removed, or replaced by another text of its name: no copy of it stays here."""
+        for key, passage in [*self._passages.items()]:
+            if key[0] == state_id or (passage.namespace, passage.label) == (namespace, label):
+                self._num_tokens -= len(self._passages.pop(key).token_ids)
 
     async def called(self, namespace: str, name: str) -> list[StateObject]:
         """Documents of one namespace: all versions of a name, or the one of an id or `name@version`.

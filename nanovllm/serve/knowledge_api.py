@@ -42,6 +42,7 @@ async def put(request: Request) -> Response:
     metadata = {"kind": KIND, "name": body.name, "version": body.version, "namespace": namespace, "ttl": body.ttl}
     knowledge = services.knowledge
     state_id: StateId = await knowledge.call("put", obj=document, metadata=metadata)
+    knowledge.forget(namespace=namespace, label=_label(body))
     kept = state_id.receipt is not None and state_id.receipt.reason == "durable"
     pinned = None if body.pin is None else await _pinned(knowledge, state_id, namespace, body.pin)
     ticket.started()  # what waits from here on waits behind the queue, not in it
@@ -79,7 +80,7 @@ async def drop(request: Request) -> Response:
     for obj in await services.knowledge.called(namespace, request.path_params["name"]):
         await services.knowledge.prefills.cancel((namespace, obj.label))
         dropped.append(receipt_facts(await services.knowledge.call("drop", state_id=obj.state_id)))
-        services.knowledge.forget(obj)
+        services.knowledge.forget(state_id=obj.state_id)
     return json_of(DroppedReply(dropped))
 
 

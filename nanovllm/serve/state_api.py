@@ -70,8 +70,10 @@ async def update(request: Request) -> Response:
 
 
 async def drop(request: Request) -> Response:
-    """Out of every tier."""
-    return await _act(request, "drop", **_named(request))
+    """Out of every tier, and out of what prompts remember of documents."""
+    receipt = accepted(await _call(request, "drop", **_named(request)))
+    parts_of(request)[0].knowledge.forget(state_id=receipt["state_id"] or "")
+    return json_of(receipt)
 
 
 async def pin(request: Request) -> Response:

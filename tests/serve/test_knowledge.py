@@ -226,6 +226,21 @@ def test_removal_leaves_nothing_that_only_it_owned(live: LiveServer) -> None:
     clear(live, "gone", "stays")
 
 
+def test_a_text_that_is_gone_is_not_remembered_for_prompts(live: LiveServer) -> None:
+    """Removed by its user or by the operator, or replaced; the count of what is remembered stays true."""
+    knowledge = live.services.knowledge
+    before = len(knowledge._passages), knowledge._num_tokens
+    for path, ways in ((f"{PATH}/secret", ("DELETE", "replace")), (f"{OBJECTS}/secret", ("DELETE",))):
+        for way in ways:
+            upload(live, "secret", text="Nobody may know. " * 3)
+            assert ask(live, "secret").status == 200 and len(knowledge._passages) == before[0] + 1
+            if way == "replace":
+                upload(live, "secret", text="x")
+                assert (len(knowledge._passages), knowledge._num_tokens) == before
+            assert live.ask("DELETE", path).status == 200
+            assert (len(knowledge._passages), knowledge._num_tokens) == before, (path, way)
+
+
 def test_an_upload_that_is_removed_before_its_kv_is_there_leaves_no_kv(live: LiveServer) -> None:
     text = "Nobody waits for this. " * 30
     for _ in range(4):

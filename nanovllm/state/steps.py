@@ -43,14 +43,16 @@ def begin(steps: Steps[T], then: Then[T]) -> None:
 
 
 def after(transfer: Transfer, go_on: Callable[[], None]) -> None:
-    """Call `go_on` when the transfer ends, or now where it has; what it was to do at its end comes first."""
+    """Call `go_on` when the transfer ends, or now where it has, after all that it was to do at its end."""
     if transfer.done:
         go_on()
         return
     first = transfer.then
 
     def ended(done: Transfer) -> None:
-        first(done)
-        go_on()
+        try:
+            first(done)
+        finally:
+            go_on()
 
     transfer.then = ended

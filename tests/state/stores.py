@@ -11,6 +11,7 @@ from nanovllm.core.clock import VirtualClock
 from nanovllm.state.envelope import Label
 from nanovllm.state.objects import DEFAULT_NAMESPACE, KVBlock
 from nanovllm.state.settings import StateSettings
+from nanovllm.state.shelves import place_in_list, shelf_of
 from nanovllm.state.steps import finish
 from nanovllm.state.store import StateStore
 from nanovllm.state.tiers.disk import DiskTier
@@ -88,14 +89,22 @@ def check_books(store: StateStore) -> None:
         assert here == {key for key in here if key in place.victims} and len(place.victims) == len(here)
         assert sum(place.by_kind.values()) == sum(plane.catalog.entries[key].size_bytes for key in here)
         assert place.busy_bytes == 0 or plane.mover.num_pending
+        homes = [plane.catalog.entries[key] for key in here if plane.catalog.entries[key].home == place.name]
+        assert place.texts.total() == sum(entry.size_bytes for entry in homes)
+        assert not place.texts_coming.total() or plane.mover.num_pending
         if place.tier.quota_bytes is not None:
             assert place.tier.used_bytes <= place.tier.quota_bytes
-        assert not place.tier.shared or here == here
     for entry in plane.catalog.entries.values():
         assert entry.tiers or entry.arriving, "an entry that is nowhere"
     for obj in plane.catalog.objects.values():
         for key in plane.catalog.keys_of(obj):
             assert obj.state_id in plane.catalog.owners(key)
+    shelves = plane.catalog.shelves._shelves
+    assert sorted(shelves) == sorted({shelf_of(obj) for obj in plane.catalog.objects.values()})
+    for key, shelf in shelves.items():
+        own = [obj for obj in plane.catalog.objects.values() if shelf_of(obj) == key]
+        assert shelf.row == sorted(map(place_in_list, own))
+        assert shelf.size_bytes == sum(obj.payload_bytes for obj in own)
     owners = {owner for keys in plane.catalog._owners.values() for owner in keys}
     assert owners <= set(plane.catalog.objects)
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanovllm.errors import StateNotFoundError
+from nanovllm.errors import StateNotFoundError, StateRefusedError
 from nanovllm.state.learned import NAMESPACE
 from nanovllm.state.objects import Document, Session
 from tests.state.fake_device import FakeDevice
@@ -54,9 +54,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.model: dict[str, object] = {}
         self.volatile: set[str] = set()
 
-    @rule(target=ids, thing=THINGS, namespace=st.sampled_from(["a", "b"]))
-    def put(self, thing: object, namespace: str) -> str:
-        state_id = self.store.put(thing, {"namespace": namespace})
+    @rule(target=ids, thing=THINGS, namespace=st.sampled_from(["a", "b"]), kv=st.sampled_from([None, "a", "b"]))
+    def put(self, thing: object, namespace: str, kv: str | None) -> object:
+        before = self.store.ls()
+        try:
+            state_id = self.store.put(thing, {"namespace": namespace, "kv_namespace": kv})
+        except StateRefusedError as refused:
+            assert not refused.receipt.ok and self.store.ls() == before
+            return multiple()
         assert state_id.receipt.ok and state_id not in self.model
         self.model[state_id] = thing
         if not self.store.find(state_id).durable:
@@ -82,14 +87,20 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(state_id=consumes(ids))
     def drop(self, state_id: str) -> None:
         if state_id in self.model:
+            catalog = self.store.plane.catalog
+            owned = [key for key in self.store.find(state_id).chain if catalog.owners(key) == {state_id}]
             assert self.store.drop(state_id).ok
+            assert not any(key in catalog.entries for key in owned)
             del self.model[state_id]
 
     @rule(target=ids, state_id=ids)
     def fork(self, state_id: str) -> object:
         if state_id not in self.model:
             return multiple()
-        new = self.store.fork(state_id)
+        try:
+            new = self.store.fork(state_id)
+        except StateRefusedError:
+            return multiple()
         self.model[new] = self.model[state_id]
         if state_id in self.volatile:
             self.volatile.add(new)
@@ -99,7 +110,10 @@ class StoreMachine(RuleBasedStateMachine):
     def export_and_import(self, state_id: str) -> object:
         if state_id not in self.model:
             return multiple()
-        new = self.store.import_(self.store.export(state_id), {"namespace": "b"})
+        try:
+            new = self.store.import_(self.store.export(state_id), {"namespace": "b"})
+        except StateRefusedError:
+            return multiple()
         self.model[new] = self.model[state_id]
         if not self.store.find(new).durable:
             self.volatile.add(new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import Session
 from nanovllm.state.shelves import place_in_list
 from nanovllm.state.store import StateStore
+from nanovllm.state.storing import Pending
 from tests.state.stores import SETTINGS, World, blocks_for, check_books, spill
 
 TALK = Session([{"role": "user", "content": "hello"}], tuple(range(16)))
@@ -66,6 +69,29 @@ def test_puts_that_are_under_way_count(tmp_path: Path) -> None:
     store.settle()
     assert all(each.result() for each in pending) and store.holdings("default", "knowledge")["objects"] == 3
     store.put([1, 2], {"kind": "kv"})  # each kind has its own
+    store.close()
+
+
+def test_a_listener_that_raises_takes_nobody_elses_put_with_it(tmp_path: Path) -> None:
+    """They share a commit: the others are told all the same, and the next group begins."""
+    store = World(tmp_path).open(threads=True)
+    told: list[str] = []
+
+    def listener(name: str) -> Callable[[Pending], None]:
+        def then(pending: Pending) -> None:
+            told.append(name)
+            if name in "bd":
+                raise RuntimeError(name)
+
+        return then
+
+    pending = [store.put_later(name, {"durable": True}, listener(name)) for name in "abcde"]
+    for _ in range(4):
+        with suppress(RuntimeError):
+            store.settle()
+    assert sorted(told) == list("abcde") and all(each.done for each in pending)
+    assert store.get(store.put("f", {"durable": True})) == "f"
+    check_books(store)
     store.close()
 
 

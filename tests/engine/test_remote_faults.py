@@ -251,7 +251,7 @@ def test_a_key_file_must_hold_a_key(tmp_path: Path) -> None:
 
 
 def test_a_full_server_stops_the_writing(cold: list[int], tmp_path: Path) -> None:  # noqa: F811
-    with shared(tmp_path, "--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as one:
+    with shared(tmp_path, "--maxmemory", "100kb", "--maxmemory-policy", "noeviction") as one:
         for _ in range(3):
             assert one.ask().token_ids == cold
         assert one.place.writes.state == "open" and one.place.writes.reason == "full"

@@ -162,6 +162,19 @@ def test_asking_a_shared_tier_may_not_cost_much_of_what_it_could_save(load_mode:
     assert final.token_ids == answer(PROMPT, 3, VOCAB) and final.cached_tokens == 0
 
 
+def test_a_shared_tier_that_answers_and_fails_every_read_is_left_alone() -> None:
+    """Lookups that succeed in between do not make up for reads that fail."""
+    bench = warm()
+    bench.cellar.shared, reads = True, bench.store.plane.places["cellar"].reads  # type: ignore[misc]
+    bench.cellar.is_failing = True
+    for i in range(5):
+        assert reads.state == "closed"
+        assert bench.run(PROMPT, greedy(3)).token_ids == answer(PROMPT, 3, VOCAB)
+        bench.run([i, *OTHER * 3], greedy(1))
+        bench.forget_device()
+    assert reads.state == "open"
+
+
 def test_a_step_copies_no_more_than_its_share() -> None:
     bench = warm()
     bench.engine.add_request(PROMPT, greedy(1), request_id="slow")

@@ -12,8 +12,8 @@ the read bandwidth measured here:
     ours       what the engine itself calls, from whichever form of the weight it keeps
 
 The fastest of the three makes the floor, so a slower linear of ours cannot lower the ratio; a faster one raises it,
-until the rest of the step has followed. Where a step of few rows is one call of ours in C, its linears cannot be timed
-by themselves: `ours` then calls them one by one, and the ratio can fall below 1. Paths and steps are measured in turn;
+until the rest of the step has followed. Where a step is one call of ours in C, its linears cannot be timed by
+themselves: `ours` then calls them one by one, and the ratio can fall below 1. Paths and steps are measured in turn;
 figures are medians, and `measured`.
 """
 
@@ -43,7 +43,7 @@ from nanovllm.models.weights import WeightSource
 
 STACKED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)), ("mlp", ("gate_proj", "up_proj")))
 BANDWIDTH_BYTES, BANDWIDTH_TRIES = 2**29, 10
-WARM_STEPS, SLACK = 5, 64
+WARM_STEPS, SLACK, PAUSE_S = 5, 64, 0.03
 Pass = Callable[[], object]
 
 
@@ -166,10 +166,14 @@ def linears(path: list[Linear], inputs: list[torch.Tensor]) -> Pass:
 
 
 def in_turn(passes: dict[str, Pass], repeats: int) -> dict[str, float]:
-    """Median seconds of each, measured in turn so that a disturbance meets all of them."""
+    """Median seconds of each, measured in turn so that a disturbance meets all of them.
+
+    A pause stands before each: torch's idle threads wait in a loop for a while, on the processors of whoever is next.
+    """
     times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat in range(WARM_STEPS + repeats):
         for name, run in passes.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             run()
             if repeat >= WARM_STEPS:

@@ -15,7 +15,7 @@
 #define VECS 2
 #endif
 #define WIDE (VECS * LANES)
-#define BLOCK 240 /* rows of one item of work */
+#define BLOCK 240 /* rows of one item of work, which meet all panels before the next ones: a cache holds them */
 
 /* y[r][o] of one band and one panel. `rows` is a constant wherever this is called. */
 INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, const int rows) {
@@ -41,7 +41,7 @@ INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, cons
 
 static void multiply_panel(const job *j, int64_t item) {
     const panel_args *a = j->args;
-    int64_t blocks = (a->rows + BLOCK - 1) / BLOCK, first = item % blocks * BLOCK, output = item / blocks * WIDE;
+    int64_t panels = (a->out + WIDE - 1) / WIDE, first = item / panels * BLOCK, output = item % panels * WIDE;
     int64_t stop = first + BLOCK < a->rows ? first + BLOCK : a->rows;
     for (int64_t row = first; row < stop; row += BAND) {
         int64_t rows = stop - row < BAND ? stop - row : BAND;

@@ -38,9 +38,13 @@ INLINE vec load(const elem *p) {
 }
 
 INLINE void store(elem *p, vec x) { /* to the nearest, ties to even; what is no number stays none */
+#if defined(__AVX512BF16__)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)x); /* below 2^-126: zero */
+#else
     uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     uvec nan = (uvec)(x != x);
     hvec h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), hvec);
+#endif
     memcpy(p, &h, sizeof h);
 }
 #else

@@ -13,7 +13,7 @@ made for vLLM. `cached_tokens_total` and `num_aborted_requests_total` are SGLang
 the state counter (`live_requests`, `prefilling_requests`, `kv_blocks`, `kv_table_entries`, `kv_bytes`,
 `state_*`) are ours. Where we differ: histograms of a request are observed at its end, and from its first sample; token
 histograms have the same buckets whatever the model's context, so servers can be added up.
-Not exported, for nothing measures it yet: how long blocks live (`kv_block_*`).
+Not exported, for nothing measures it: how long blocks live (vLLM's `kv_block_*`).
 """
 
 from __future__ import annotations

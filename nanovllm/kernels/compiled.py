@@ -1,12 +1,12 @@
 """CPU kernels with hand-written loops: kernels.c called through ctypes, which releases the GIL.
 
-What it is: norms, SiLU, rotation with KV writes, and attention that reads blocks in place:
-units of keys for sequences of one query, tiles of queries for chunks of a prompt. Where a
-processor multiplies matrices (AMX), long chunks in bfloat16 attend in torch, which uses it.
-What it knows nothing about: compilers. Invariants: threads are torch's, as many as torch uses (but
-see few_rows.py); what a token attends to depends on the tokens before it, never on its neighbours
-in the step, on how its prompt was cut into chunks or on the number of threads. In float32 that
-holds for the linears, too; in bfloat16 few rows may meet grouped weights, more the rounded ones.
+What it is: linears over panels, norms, SiLU, rotation with KV writes, and attention that reads
+blocks in place: units of keys for sequences of one query, tiles of queries for chunks of a prompt.
+Where a processor multiplies matrices (AMX), bfloat16 is torch's, which uses it. What it knows
+nothing about: compilers. Invariants: threads are torch's, as many as torch uses (but see
+whole_decoder.py); what a token's result depends on is the tokens before it, never its neighbours
+in the step, how its prompt was cut into chunks or the number of threads; but in bfloat16 up to
+four rows may meet grouped weights, and more the rounded ones.
 """
 
 from __future__ import annotations

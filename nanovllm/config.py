@@ -23,6 +23,7 @@ from nanovllm.errors import ConfigError, shown
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("int8",)
 KERNELS = ("auto", "reference", "cpu", "compiled", "cuda")
 PREFIX_MODES = ("off", "observe", "reuse")
 SCHEDULE_MODES = ("mixed", "separate")
@@ -47,6 +48,7 @@ class EngineConfig:
     dtype: str = _setting("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware has it")
     device: str = _setting("auto", "auto, cpu or cuda")
     kernels: str = _setting("auto", "auto, reference (plain torch), cpu, compiled (cpu and a C file) or cuda")
+    quantization: str | None = _setting(None, "int8: weights of linears as 8-bit codes; default: as the model has them")
     block_size: int = _setting(16, "tokens a KV block holds, from 1 up")
     kv_memory: int | str | None = _setting(None, "KV pool budget, bytes or '2GiB'; default: sized from free memory")
     num_blocks: int | None = _setting(None, "KV blocks in the pool; overrides kv_memory")
@@ -90,6 +92,8 @@ class EngineConfig:
                 self._at_least_one(name, getattr(self, name))
         for name, allowed in _CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_share("watermark", self.watermark)
         _check_share("gpu_memory_utilization", self.gpu_memory_utilization)
         for f in fields(self):

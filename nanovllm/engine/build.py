@@ -27,12 +27,17 @@ from nanovllm.engine.parts import EngineParts
 from nanovllm.engine.policy import SchedulingPolicy
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import OutOfMemoryError
+from nanovllm.kernels.interface import Kernels
 from nanovllm.kernels.selection import choose_device, choose_dtype, choose_kernels, set_threads
 from nanovllm.models.loading import LoadedModel, load_model_files
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.quantised import QuantisedWeights, in_eight_bits
 from nanovllm.models.registry import ARCHITECTURES
+from nanovllm.models.weights import WeightSource
 
 logger = logging.getLogger("nanovllm")
+
+SAMPLE = "model.layers.0.mlp.down_proj.weight"  # stands for all linears where their groups' bits are asked for
 
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
@@ -41,6 +46,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     loaded = load_model_files(config.model, progress=progress, seed=config.seed)
+    if config.quantization is not None:
+        loaded = in_eight_bits(loaded)
     fingerprint = loaded.weights.fingerprint()
     runner, size = _build_runner(config, loaded, device, dtype)
     max_model_len = _max_model_len(config, loaded.config, size)
@@ -84,8 +91,8 @@ def _build_runner(
     config: EngineConfig, loaded: LoadedModel, device: torch.device, dtype: torch.dtype
 ) -> tuple[ModelRunner, PoolSize]:
     try:
-        _check_memory(loaded.config, dtype, device)
         kernels = choose_kernels(config.kernels, device)
+        _check_memory(loaded, kernels, dtype, device)
         with torch.inference_mode():
             model = ARCHITECTURES[loaded.config.architecture](loaded.config, loaded.weights, kernels, dtype, device)
     finally:
@@ -101,6 +108,7 @@ def _build_runner(
         useful_tokens=useful,
     )
     logger.info("%s; prefix_mode %s; kernels %s", size, config.prefix_mode, kernels.name)
+    _log_quantization(loaded.weights, kernels, dtype)
     return ModelRunner(model, DeviceTier(size, dtype, device), device), size
 
 
@@ -112,13 +120,36 @@ def free_memory(device: torch.device, gpu_share: float = 1.0) -> int:
     return psutil.virtual_memory().available
 
 
-def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    need, free = config.parameter_count() * dtype.itemsize, free_memory(device)
+def _check_memory(loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
+    need, free = weight_bytes(loaded, kernels, dtype), free_memory(device)
     if need > free:
         raise OutOfMemoryError(
-            f"The weights need {need:,} bytes as {dtype}; {free:,} are free.",
+            f"The weights need {need:,} bytes (estimated) as {dtype}; {free:,} are free.",
             param="model",
             hint="Use dtype='bfloat16', a smaller model, or a machine with more memory.",
+        )
+
+
+def weight_bytes(loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype) -> int:
+    """What a model's weights will take, estimated: lookups, linears as the kernels lay them out, groups beside them."""
+    config = loaded.config
+    lookup = config.vocab_size * config.hidden_size
+    held = config.parameter_count() + (lookup if config.tie_word_embeddings and kernels.copies_weights else 0)
+    groups = loaded.weights.grouped(SAMPLE) if kernels.reads_groups(dtype) else None
+    return held * dtype.itemsize + (0 if groups is None else int((held - lookup) * groups.bytes_per_weight))
+
+
+def _log_quantization(weights: WeightSource, kernels: Kernels, dtype: torch.dtype) -> None:
+    """Say what `--quantization` did, and where it saves nothing."""
+    if not isinstance(weights, QuantisedWeights):
+        return
+    logger.info("quantization int8: %s", weights)
+    if not kernels.reads_groups(dtype):
+        logger.warning(
+            "quantization int8 makes nothing faster here: kernels %s in %s compute with the weights restored. "
+            "It needs kernels compiled in bfloat16, with AVX512-BF16 and without AMX.",
+            kernels.name,
+            dtype,
         )
 
 

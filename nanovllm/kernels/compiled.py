@@ -67,10 +67,14 @@ class CompiledKernels(CpuKernels):
         if not can_panel(weight, library) or (self.has_matrix_unit and weight.dtype == torch.bfloat16):
             return super().linear(weight, bias)
         panels = PanelLinear(weight, bias, library, self._parallel, self._pages, dtype)
-        groups = grouped() if grouped is not None and weight.dtype == torch.bfloat16 else None
+        groups = grouped() if grouped is not None and self.reads_groups(weight.dtype) else None
         if groups is None or not can_group(groups):
             return panels
         return GroupedLinear(groups, bias, panels, library, self._parallel, self._pages, dtype)
+
+    def reads_groups(self, dtype: torch.dtype) -> bool:
+        """In bfloat16, where it lies in panels: float32 has one product for any number of rows."""
+        return dtype == torch.bfloat16 and self._libraries[dtype].panel_width() > 0 and not self.has_matrix_unit
 
     def whole(
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float

@@ -20,6 +20,7 @@ class CpuKernels(PagedKernels):
     """Packed linears; a norm in one call."""
 
     name = "cpu"
+    copies_weights = True
 
     def linear(
         self,

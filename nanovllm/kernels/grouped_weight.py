@@ -1,7 +1,8 @@
-"""A weight as a quantised file has it: whole numbers in groups of 32 that share a scale and an offset.
+"""A quantised weight: whole numbers in groups of 32 that share a scale and an offset.
 
-What it is: plain arrays, and how two of them are stacked. What it knows nothing about: file formats, products.
-Invariant: `code * scale + offset`, in float32, is the weight that the file stands for.
+What it is: plain arrays, as a file has them or as they are made from a weight, and how two of them are stacked. What
+it knows nothing about: file formats, products. Invariant: `code * scale + offset`, in float32, is the weight that is
+stood for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 GROUP = 32
+PAIR_BYTES = 8  # a group's scale and offset
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,39 @@ class GroupedWeight:
     bits: int
 
     @classmethod
+    def quantised(cls, weight: torch.Tensor) -> GroupedWeight:
+        """8 bits for `weight` [out, in], `in` a multiple of GROUP: 256 values, evenly from a group's least to its most.
+
+        A weight is off by half its group's scale at most, and by float32's rounding.
+        """
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        least, most = groups.aminmax(dim=2)
+        scales = (most - least) / 255
+        steps = (groups - least[..., None]) / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        codes = steps.round_().clamp_(0, 255).to(torch.uint8).flatten(1)
+        return cls(codes.numpy(), scales.numpy(), least.numpy(), 8)
+
+    @classmethod
     def stacked(cls, parts: Sequence[GroupedWeight | None]) -> GroupedWeight | None:
-        """Along their outputs; None where one of them is not grouped, or they differ in bits."""
+        """Along their outputs; None where one of them is not grouped. Codes of 4 bits are codes of 8, too."""
         known = [part for part in parts if part is not None]
-        if len(known) < len(parts) or len({part.bits for part in known}) != 1:
+        if len(known) < len(parts):
             return None
         return cls(
             np.concatenate([part.codes for part in known]),
             np.concatenate([part.scales for part in known]),
             np.concatenate([part.offsets for part in known]),
-            known[0].bits,
+            max(part.bits for part in known),
         )
 
     def reordered(self, rows: NDArray[np.int64]) -> GroupedWeight:
         """The same weight with its outputs in another order."""
         return GroupedWeight(self.codes[rows], self.scales[rows], self.offsets[rows], self.bits)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """What a weight takes, its share of scale and offset included."""
+        return self.bits / 8 + PAIR_BYTES / GROUP
 
     def restored(self) -> torch.Tensor:
         """The weight itself, float32 [out, in]."""

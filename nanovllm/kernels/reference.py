@@ -36,6 +36,11 @@ class ReferenceKernels:
     """Plain torch."""
 
     name = "reference"
+    copies_weights = False
+
+    def reads_groups(self, dtype: torch.dtype) -> bool:
+        """Never: a quantised weight is restored."""
+        return False
 
     def linear(
         self,

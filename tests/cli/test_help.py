@@ -60,6 +60,7 @@ ENGINE = {
     "--state-load",
     "--prefill-during-decode",
     "--prefix-mode",
+    "--quantization",
     "--schedule-mode",
     "--time-blocks",
     "--watermark",

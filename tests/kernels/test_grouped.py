@@ -48,11 +48,14 @@ def test_other_types_and_damaged_scales_are_no_groups() -> None:
     assert grouped_rows(damaged, Q.Q4_1) is None
 
 
-def test_parts_are_stacked_only_where_they_agree() -> None:
+def test_parts_are_stacked_where_all_are_grouped() -> None:
     a, b = drawn(16, 64, 4), drawn(32, 64, 4, seed=1)
     both = GroupedWeight.stacked([a, b])
     assert both is not None and torch.equal(both.restored(), torch.cat((a.restored(), b.restored())))
-    assert GroupedWeight.stacked([a, drawn(16, 64, 8)]) is None and GroupedWeight.stacked([a, None]) is None
+    mixed = GroupedWeight.stacked([a, c := drawn(16, 64, 8)])
+    assert mixed is not None and mixed.bits == 8
+    assert torch.equal(mixed.restored(), torch.cat((a.restored(), c.restored())))
+    assert GroupedWeight.stacked([a, None]) is None
 
 
 @settings(max_examples=60, deadline=None)

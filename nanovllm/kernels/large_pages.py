@@ -27,14 +27,16 @@ class LargePages:
         if not size:
             return tensor.clone()
         if size > len(self._free):
-            self._free = _chunk(max(size, CHUNK_BYTES))
+            self._free = large_pages(max(size, CHUNK_BYTES))
         place, self._free = self._free[: tensor.nbytes], self._free[size:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _chunk(size: int) -> torch.Tensor:
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+def large_pages(size: int) -> torch.Tensor:
+    """`size` bytes of zeros, which cost memory once they are written; private to this process."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

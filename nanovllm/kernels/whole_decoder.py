@@ -75,7 +75,8 @@ class WholeDecoder:
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float, library: ctypes.CDLL
     ) -> None:
         self._library, self._alive = library, (layers, final_norm, head)
-        self._team = library.team_open(torch.get_num_threads() - 1)
+        self._threads = torch.get_num_threads()
+        self._team = library.team_open(self._threads - 1)
         if self._team is None:
             raise MemoryError("no memory for threads")
         weakref.finalize(self, _close, library, self._team, os.getpid()).atexit = False
@@ -99,6 +100,7 @@ class WholeDecoder:
         """Logits [M, vocab]; x is used up."""
         assert isinstance(plan, CompiledPlan)
         step, pool = plan.args, plan.pool
+        step.threads = self._threads
         step.kv, step.cos, step.sin = pool.data_ptr(), cos.data_ptr(), sin.data_ptr()
         scratch = [x.new_empty(x.shape[0], width) for width in self._widths]
         scratch[0].zero_()

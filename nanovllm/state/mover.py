@@ -37,7 +37,10 @@ class Report:
 
 @dataclass(eq=False)
 class Transfer:
-    """One job under way. `ok` and `reason` are set when it ends; `then` is called once, at that moment."""
+    """One job under way. `ok` and `reason` are set when it ends; `then` is called once, at that moment.
+
+    `ms`: how long it ran; where it was over its deadline, how long it was waited for.
+    """
 
     generation: int
     deadline_ns: int
@@ -49,6 +52,7 @@ class Transfer:
     is_full: bool = False
     result: Any = None
     ms: float = 0.0
+    started_ns: int = 0
 
 
 class Lane(Protocol):
@@ -131,8 +135,9 @@ class Mover:
     ) -> Transfer:
         """Queue a job; where its lane is full it ends at once, as a failure."""
         self._generation += 1
-        deadline_ns = self.clock.now_ns() + int(deadline_ms * MILLISECOND)
-        transfer = Transfer(self._generation, deadline_ns, then, late)
+        now = self.clock.now_ns()
+        deadline_ns = now + int(deadline_ms * MILLISECOND)
+        transfer = Transfer(self._generation, deadline_ns, then, late, started_ns=now)
         self._pending[transfer.generation] = transfer
         if not lane.submit(transfer.generation, job, self._reports):
             self._end(transfer, BUSY)
@@ -197,6 +202,7 @@ class Mover:
         for transfer in [t for t in self._pending.values() if now >= t.deadline_ns]:
             if transfer.done:  # ended by what the one before it set off
                 continue
+            transfer.ms = (now - transfer.started_ns) / MILLISECOND
             self._overdue[transfer.generation] = transfer
             self._end(transfer, "deadline")
 

@@ -49,6 +49,11 @@ class Bandwidth:
             self.bytes_per_ms = self.bytes_per_ms * (1 - SMOOTHING) + rate * SMOOTHING if measured else rate
             self.label = "measured"
 
+    def fell_short(self, size_bytes: int, ms: float) -> None:
+        """A transfer of so many bytes had not come after `ms`: the tier is slower than that."""
+        if ms > 0 and size_bytes / ms < self.bytes_per_ms:
+            self.observe(size_bytes, ms)
+
     def ms(self, size_bytes: int) -> float:
         """How long so many bytes take."""
         return size_bytes / self.bytes_per_ms

@@ -291,6 +291,8 @@ class Plane:
         kinds = [self._kind_of(label) for label in labels]
         if not transfer.ok:
             self.failed(place, place.reads, transfer, kinds)
+            asked = [self.catalog.entries[label.key] for label in labels if label.key in self.catalog.entries]
+            place.read_speed.fell_short(sum(entry.size_bytes for entry in asked), transfer.ms)
             return [None] * len(labels)
         place.reads.success()
         place.counters.reads += 1

@@ -15,6 +15,7 @@ import pytest
 
 from nanovllm.core.clock import MonotonicClock
 from nanovllm.errors import NanoVLLMError, StateFolderError, StateNotFoundError, StateRefusedError
+from nanovllm.state import place
 from nanovllm.state.breaker import SECOND
 from nanovllm.state.objects import Session
 from nanovllm.state.store import StateStore
@@ -225,9 +226,10 @@ def test_a_full_disk_stops_spilling_and_not_serving(tmp_path: Path, role: str) -
     store.close()
 
 
-def test_a_hanging_tier_holds_nobody_up(tmp_path: Path) -> None:
-    """S7: reads that never return end at their deadline, and leave no thread behind but their own."""
+def test_a_hanging_tier_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S7: reads that never return end at their deadline, leave no thread behind but their own, and tell of its speed."""
     gate, hang = threading.Event(), [False]
+    monkeypatch.setattr(place, "MIN_MEASURED", 1)
 
     class Hanging(Folder):
         def read(self, fd: int, length: int, offset: int) -> bytes:
@@ -245,7 +247,10 @@ def test_a_hanging_tier_holds_nobody_up(tmp_path: Path) -> None:
     assert loaded(store, blocks) == 0, "computed again"
     for _ in range(5):
         assert loaded(store, blocks) == 0
-    assert store.plane.places["disk"].reads.state == "open" and threading.active_count() == before
+    disk = store.plane.places["disk"]
+    assert disk.reads.state == "open" and threading.active_count() == before
+    size = sum(store.plane.catalog.entries[block.digest].size_bytes for block in blocks)
+    assert disk.read_speed.ms(size) > 10, "of the 50 ms that each of them was waited for"
     assert store.put(talk("writing is not reading"))
     hang[0] = False
     gate.set()

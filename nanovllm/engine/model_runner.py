@@ -15,6 +15,7 @@ from nanovllm.engine.device_tier import DeviceTier
 from nanovllm.engine.exec_batch import ExecBatch, ExecResult
 from nanovllm.engine.sampler import Sampler
 from nanovllm.kernels.interface import StepLayout
+from nanovllm.kernels.one_thread import one_torch_thread
 from nanovllm.models.decoder import DecoderModel
 
 
@@ -33,7 +34,8 @@ class ModelRunner:
         """Sample from the logits of a launched step."""
         assert isinstance(handle, tuple)
         logits, batch = handle
-        return self.sampler.sample(logits, batch.sampling)
+        with one_torch_thread(self.model.whole is not None):
+            return self.sampler.sample(logits, batch.sampling)
 
     def run(self, batch: ExecBatch) -> ExecResult:
         """`launch` and `collect`."""
@@ -47,7 +49,9 @@ class ModelRunner:
         layout = self.layout(batch)
         plan = self.model.kernels.plan(layout, self.tier.pool, self.model.geometry)
         last = (np.cumsum(batch.query_lens) - 1)[batch.samples]
-        return self.model.forward(self._tensor(batch.token_ids), layout.positions, plan, self._tensor(last))
+        whole = self.model.whole
+        with one_torch_thread(whole is not None and whole.takes(plan)):
+            return self.model.forward(self._tensor(batch.token_ids), layout.positions, plan, self._tensor(last))
 
     def layout(self, batch: ExecBatch) -> StepLayout:
         """Where the step's tokens lie: position p of a sequence is slot p % block_size of its block p // block_size."""

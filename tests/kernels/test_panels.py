@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.large_pages import CHUNK_BYTES, LargePages
+from nanovllm.kernels.one_thread import one_torch_thread
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel, in_panels
 
 CAPPED = [c_library.march("x86-64-v3")] if platform.machine() == "x86_64" else []  # as for an AVX2 machine
@@ -65,6 +66,16 @@ def test_what_is_no_whole_word_is_left_to_another_product() -> None:
     assert not isinstance(kernels.linear(odd, None), PanelLinear)
     assert isinstance(kernels.linear(odd.float(), None), PanelLinear)
     assert kernels.linear(odd.float(), None)(torch.randn(0, 5)).shape == (0, 8)
+
+
+def test_torch_computes_in_one_thread_and_has_its_threads_again() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="inside"), one_torch_thread():
+        assert torch.get_num_threads() == 1
+        raise ValueError("inside")
+    with one_torch_thread(is_wanted=False):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
 
 
 def test_copies_in_large_pages_are_aligned_and_apart() -> None:

@@ -5,8 +5,8 @@
 
 All rows predict the same tokens of `texts.py`, window by window. Agreement is the share of places at which the
 likeliest token is the one of the same weights in float32, so that what bfloat16 alone does stands in a row of its own.
-Each kind of weight is measured in steps of a whole window, as prompts are computed, and in steps of 4 tokens, which
-meet the same products as decode does: there int8 and the file's own groups are read as codes.
+Each kind of weight is measured in steps of a whole window, as prompts are computed; quantised ones in steps of 4
+tokens, too, which meet the same products as decode does: there their codes are read. bf16 has one product for both.
 
 The default model's file is quantised already, with 4 bits in groups of 32. Groups of 8 bits over the same 32 inputs
 would hit its values exactly and show no loss at all. So bf16 and int8 take its export with units in another order (the
@@ -88,7 +88,7 @@ def main() -> None:
     arms = arms_of(str(shuffled(weights)), file)
     rows = qualities(arms, text_windows(str(weights), args.windows))
     speeds = stream_speeds(arms[1:], args.repeats)
-    print_table(rows, speeds, load)
+    print_table(rows, dict(speeds), load)
     settings = {"model": args.model, "windows": args.windows, "window": WINDOW, "threads": args.threads}
     machine = {"load_average_before": load, "instruction_set": torch.backends.cpu.get_cpu_capability()}
     print(json.dumps({"label": "measured", "rows": rows, "decode_tok_s": speeds, "settings": settings | machine}))
@@ -99,7 +99,7 @@ def arms_of(weights: str, file: Path | None) -> list[Arm]:
     bf16 = {"model": weights, "dtype": "bfloat16"}
     own = [Arm("file", {"model": str(file), "dtype": "bfloat16"})] if file is not None else []
     exact = Arm("float32", {"model": weights, "dtype": "float32"}, rows=(WINDOW,))
-    return [exact, Arm("bf16", bf16), Arm("int8", bf16 | {"quantization": "int8"}), *own]
+    return [exact, Arm("bf16", bf16, rows=(WINDOW,)), Arm("int8", bf16 | {"quantization": "int8"}), *own]
 
 
 def text_windows(model: str, count: int) -> list[list[int]]:
@@ -183,7 +183,7 @@ def print_table(rows: list[dict[str, Any]], speeds: dict[str, float], load: floa
     """For a person."""
     print(f"{'weights':<9}{'rows a step':>12}{'perplexity':>12}{'top-1':>9}{'decode tok/s':>14}")
     for row in rows:
-        speed = speeds.get(row["weights"], "") if row["rows"] == FEW else ""
+        speed = speeds.pop(row["weights"], "")
         agreement = f"{row['agreement']:.2%}"
         print(f"{row['weights']:<9}{row['rows']:>12}{row['perplexity']:>12}{agreement:>9}{speed:>14}")
     if load > QUIET_LOAD:

@@ -6,7 +6,7 @@ Where a processor multiplies matrices (AMX), bfloat16 is torch's, which uses it.
 nothing about: compilers. Invariants: threads are torch's, as many as torch uses (but see
 whole_decoder.py); what a token's result depends on is the tokens before it, never its neighbours
 in the step, how its prompt was cut into chunks or the number of threads; but in bfloat16 up to
-four rows may meet grouped weights, and more the rounded ones.
+two rows may meet grouped weights, and more the rounded ones.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ static void outputs_of(const job *j, int64_t item) {
 #define CASE(R, B) \
     if (rows == R && bits == B) \
         for (int64_t o = item * w->outputs; o < stop; o += LANES) outputs(w, o, R, B);
-    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
+    CASE(1, 4) CASE(2, 4) CASE(1, 8) CASE(2, 8)
 }
 
 /* y = x w^T + bias for 1 to FEW rows; `in` a multiple of 64 and at most MAX_IN, `out` one of OUTPUTS; bits 4 or 8. */

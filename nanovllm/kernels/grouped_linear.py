@@ -16,7 +16,7 @@ from nanovllm.kernels.grouped_weight import GroupedWeight
 from nanovllm.kernels.interface import Linear
 from nanovllm.kernels.large_pages import LargePages
 
-FEW, MAX_IN, INPUTS, OUTPUTS = 4, 32768, 64, 16  # as in grouped.c
+FEW, MAX_IN, INPUTS, OUTPUTS = 2, 32768, 64, 16  # as in grouped.c
 
 
 def can_group(weight: GroupedWeight) -> bool:

@@ -24,7 +24,7 @@ typedef struct {
 } step_args;
 
 /* A linear over a grouped weight (grouped.c), for at most FEW rows. */
-#define FEW 4
+#define FEW 2
 typedef struct {
     const uint8_t *codes;          /* [out, in * bits / 8], in runs: see there */
     const float *scales, *offsets; /* [out, in / GROUP] */

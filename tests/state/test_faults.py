@@ -227,7 +227,7 @@ def test_a_full_disk_stops_spilling_and_not_serving(tmp_path: Path, role: str) -
 
 
 def test_a_hanging_tier_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S7: reads that never return end at their deadline, leave no thread behind but their own, and tell of its speed."""
+    """S7: reads that never return end at their deadline, leave no thread but their own, and tell of its speed."""
     gate, hang = threading.Event(), [False]
     monkeypatch.setattr(place, "MIN_MEASURED", 1)
 

@@ -357,6 +357,20 @@ def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
         DiskTier(tmp_path / "nowhere", MIB, read_only=True)
 
 
+@pytest.mark.parametrize(("name", "text"), [("thesis.tex", "x"), ("SCHEMA", "2\n")])
+def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path, name: str, text: str) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    (folder / name).write_text(text)
+    facts = lambda: (folder.stat().st_mode, folder.stat().st_mtime_ns, folder.stat().st_ctime_ns)  # noqa: E731
+    before = facts()
+    with pytest.raises(StateFolderError):
+        DiskTier(folder, MIB)
+    assert facts() == before
+    assert [entry.name for entry in folder.iterdir()] == [name]
+
+
 def test_strange_entries_in_the_folder_do_no_harm(tmp_path: Path) -> None:
     """Attack 33: a link, a pipe and a directory where files are expected; nothing outside is touched."""
     folder = tmp_path / "state"

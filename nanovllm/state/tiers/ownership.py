@@ -3,7 +3,7 @@
 What it is: the lock file, the schema file, and the address at which the owner answers. What it knows nothing
 about: what else lies in the folder.
 Invariants: the lock is the kernel's (`flock`), so that it ends with its process, however that ends; a
-folder of a newer schema is never written.
+folder that is refused, foreign or of another schema, is left as it was.
 """
 
 from __future__ import annotations
@@ -26,18 +26,30 @@ class Ownership:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._fd = -1
         try:
+            has_schema = path.exists() and _has_schema(path, read_only)  # asked before anything is changed
+            if read_only and not has_schema:
+                raise StateFolderError(f"{path} is no state folder.", hint="Name the folder given to --state-dir.")
             if not read_only:
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                path.chmod(0o700)
-                _sync_names(path.parent)
-                self._fd = self._lock(path)
-            _check_schema(path, read_only)
+                self._fd = self._take(path)
         except OSError as error:
             self.close()
             raise StateFolderError(f"The state folder {path} cannot be opened: {error.strerror}.") from error
         except StateFolderError:
             self.close()
             raise
+
+    def _take(self, path: Path) -> int:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o700)
+        _sync_names(path.parent)
+        fd = self._lock(path)
+        try:
+            if not _has_schema(path, read_only=False):  # another may have come between
+                _write_synced(path / SCHEMA_FILE, f"{SCHEMA}\n".encode())
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _lock(self, path: Path) -> int:
         fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -102,22 +114,21 @@ def address_of(path: Path) -> str | None:
         return file.read(MAX_ADDRESS).strip() or None
 
 
-def _check_schema(path: Path, read_only: bool) -> None:
+def _has_schema(path: Path, read_only: bool) -> bool:
+    """Whether it is one of ours; else it is empty. Raises StateFolderError where it is foreign or of another schema."""
     file = path / SCHEMA_FILE
     if not file.exists():
-        if read_only:
-            raise StateFolderError(f"{path} is no state folder.", hint="Name the folder given to --state-dir.")
         foreign = [name for name in os.listdir(path) if not name.startswith(LOCK_FILE)]
-        if foreign:
+        if foreign and not read_only:
             raise StateFolderError(f"{path} is no state folder and not empty.", hint="Name an empty or new folder.")
-        _write_synced(file, f"{SCHEMA}\n".encode())
-        return
+        return False
     text = file.read_bytes()[:32].decode(errors="replace").strip()
     if text != str(SCHEMA):
         raise StateFolderError(
             f"The state folder {path} has schema {text!r}; this version reads {SCHEMA}.",
             hint="Use the version that wrote it, or another folder.",
         )
+    return True
 
 
 def _write_synced(file: Path, data: bytes) -> None:

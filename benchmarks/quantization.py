@@ -5,7 +5,7 @@
 
 All rows predict the same tokens of `texts.py`, window by window. Agreement is the share of places at which the
 likeliest token is the one of the same weights in float32, so that what bfloat16 alone does stands in a row of its own.
-Each kind of weight is measured in steps of a whole window, as prompts are computed; quantised ones in steps of 4
+Each kind of weight is measured in steps of a whole window, as prompts are computed; quantised ones in steps of FEW
 tokens, too, which meet the same products as decode does: there their codes are read. bf16 has one product for both.
 
 The default model's file is quantised already, with 4 bits in groups of 32. Groups of 8 bits over the same 32 inputs
@@ -40,10 +40,11 @@ from nanovllm import LLM
 from nanovllm.core.cache_dir import cache_dir
 from nanovllm.engine.exec_batch import ExecBatch
 from nanovllm.engine.sampling_batch import SamplingBatch
+from nanovllm.kernels.grouped_linear import FEW
 from nanovllm.models.loading import load_model_files
 from nanovllm.models.model_config import ModelConfig
 
-WINDOW, FEW = 1024, 4
+WINDOW = 1024
 STREAM_CONTEXT, STREAM_LENGTH = 128, 512
 QUIET_LOAD = 0.7  # load average from which on the machine is called busy
 

@@ -188,7 +188,7 @@ def pin(
     namespace: Namespace = None,
     where: Where,
 ) -> None:
-    """Keep an object's bytes in a tier. Needs a server: pins end with the process."""
+    """Keep an object's bytes in a tier. Needs a server, which keeps pins over its restarts."""
     where.act("pin", state_id=state_id, namespace=namespace, device=device, ttl=ttl)
 
 

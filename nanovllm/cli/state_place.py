@@ -132,7 +132,7 @@ class FolderPlace:
         """By the same words as over HTTP."""
         if verb in ("pin", "unpin"):
             raise InvalidRequestError(
-                "A pin ends with the process that holds it, so a folder that nobody serves has none.",
+                "A pin is held by a running server, and nobody serves this folder.",
                 param="state_dir",
                 hint="Start nanovllm serve with --state-dir and ask it.",
             )

@@ -82,7 +82,7 @@ def print_story(story: Mapping[str, Any]) -> None:
     if story["forgotten"]:
         _line(f"\n{story['forgotten']} older receipts are forgotten.")
     if not story["receipts"]:
-        _line("\nNo receipts: they end with the process that wrote them.")
+        _line("\nNo receipts: a server keeps the last of each object; a folder without a server keeps none.")
     for receipt in story["receipts"]:
         _line("")
         print_receipt(receipt)

@@ -74,7 +74,13 @@ def through_every_verb(ask: Ask, tmp_path: Path) -> None:
 
 def test_every_verb_on_a_folder(ask: Ask, tmp_path: Path) -> None:
     through_every_verb(ask, tmp_path)
-    assert "A pin ends with the process" in ask("pin", "library", code=2)
+    assert "A pin is held by a running server" in ask("pin", "library", code=2)
+
+
+def test_no_story_of_a_folder_says_why(nanovllm: Run, tmp_path: Path) -> None:
+    where = ("--state-dir", str(tmp_path / "s"))
+    nanovllm("state", "put", "text", "--name", "t", *where)
+    assert "a folder without a server keeps none" in nanovllm("state", "explain", "t", *where).stdout
 
 
 def test_every_verb_on_the_server_that_has_the_folder(

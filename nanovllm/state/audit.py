@@ -62,7 +62,7 @@ class Audit:
             "payload_in": self._tiers_of(self.plane.catalog.entries.get(obj.payload_key)),
             "blocks": len(obj.chain),
             "blocks_in": self._blocks_in(obj),
-            "same_model": obj.root == self.plane.root_of(obj.chain_namespace),
+            "same_model": self.plane.is_known(obj),
             "pins": [{"tier": pin.tier, "until_ns": pin.until_ns} for pin in self.residency.pins_of(obj.state_id)],
             "policies": {name: kind.policy_in(name) for name in self.plane.places},
             "lost_costs": kind.lost,

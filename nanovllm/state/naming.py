@@ -132,7 +132,8 @@ class Naming:
         return StateMatch(self.plane.settings.block_size, known, tuple(tiers), tuple(owners))
 
     def blocks_of(self, obj: StateObject) -> Steps[list[KVBlock]]:
-        """The blocks of its tokens under the present model; the catalog learns the chain where the model changed.
+        """The blocks of its tokens under the present model; where that changed, an engine's catalog learns the chain,
+        and the KV that only the old one named goes: a later drop would not find it.
 
         A hint has no tokens of its own: what it owns is held and dropped by digest, and not brought up.
         """
@@ -144,9 +145,11 @@ class Naming:
             return []
         tokens, size = decode(data).token_ids, self.plane.settings.block_size
         chain = self.plane.chain_of(tokens, obj.chain_namespace)
-        if chain != obj.chain and self.plane.catalog.objects.get(obj.state_id) is obj:
+        is_engine = self.plane.device is not None  # else no model is known: that of the chain may come back
+        if is_engine and chain != obj.chain and self.plane.catalog.objects.get(obj.state_id) is obj:
             fresh = msgspec.structs.replace(obj, chain=chain, root=self.plane.root_of(obj.chain_namespace))
-            self.plane.catalog.change(fresh)
+            self.plane.abandon(self.plane.catalog.change(fresh))
+            self.plane.rekind((*obj.chain, *chain))
         parents = (None, *chain)
         cuts = [tuple(tokens[i : i + size]) for i in range(0, len(chain) * size, size)]
         return [KVBlock(*row, obj.chain_namespace) for row in zip(chain, parents, cuts)]

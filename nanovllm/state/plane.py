@@ -74,6 +74,11 @@ class Plane:
             chain.append(parent)
         return tuple(chain)
 
+    def is_known(self, obj: StateObject) -> bool:
+        """Whether its chain is that of the present model and block size, so that its KV can be used."""
+        same_size = len(obj.chain) == obj.num_tokens // self.settings.block_size
+        return same_size and obj.root == self.root_of(obj.chain_namespace)
+
     def rekind(self, keys: Iterable[bytes]) -> None:
         """These blocks' owners changed: each counts as what owns it now, in every tier's books."""
         for key in keys:

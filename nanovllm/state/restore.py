@@ -28,10 +28,10 @@ def restore(plane: Plane) -> list[str]:
         for each in entries:
             if not each.label.record:
                 _enter(plane, plane.places[name], each, plane.catalog.kind_of(each.label.key))
-    foreign = [o for o in plane.catalog.objects.values() if o.chain and o.root != plane.root_of(o.chain_namespace)]
+    foreign = [o for o in plane.catalog.objects.values() if o.chain and not plane.is_known(o)]
     if foreign:
         warnings.append(
-            f"{len(foreign)} objects were computed with another model or setting: "
+            f"{len(foreign)} objects were computed with another model, block size or setting: "
             "their text is kept, their KV is computed again."
         )
     return warnings

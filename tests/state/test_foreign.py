@@ -14,7 +14,7 @@ from xxhash import xxh3_128_digest
 from nanovllm.core.digest import root_digest
 from nanovllm.errors import NanoVLLMError, StateBundleError
 from nanovllm.state.bundle import MAGIC
-from nanovllm.state.envelope import SUM_BYTES
+from nanovllm.state.envelope import SUM_BYTES, pack_tokens
 from nanovllm.state.objects import Session
 from nanovllm.state.settings import StateSettings
 from nanovllm.state.store import StateStore
@@ -66,6 +66,34 @@ def test_sound_bytes_of_another_engine_are_a_miss(tmp_path: Path, writer: str, r
     assert same_names == ("block" not in (writer, reader) and "model" not in (writer, reader))
     check_books(store)
     store.close()
+
+
+@pytest.mark.parametrize("verb", ["pin", "export"])
+def test_kv_of_a_deleted_text_goes_though_another_model_learnt_its_chain(tmp_path: Path, verb: str) -> None:
+    world = World(tmp_path / "state", host_bytes=0)
+    with world.open() as store:
+        text, chain = store.put(TALK), store.plane.chain_of(TOKENS, "default")
+        assert spill(store, blocks_for(store, TOKENS), "disk")
+    with world.open(model="another") as store:  # nobody's engine: it looks, and leaves the KV to the model that comes
+        store.export(text)
+    with world.open(model="another", device=FakeDevice()) as store:
+        disk = store.plane.places["disk"].tier
+        assert all(disk.contains(chain))
+        getattr(store, verb)(text)
+        assert store.find(text).chain != chain and store.drop(text).ok
+        assert not any(disk.contains(chain))
+        check_books(store)
+    packed = pack_tokens(TOKENS[:4])
+    assert not any(packed in file.read_bytes() for file in (tmp_path / "state" / "kv").iterdir())
+
+
+def test_another_block_size_is_told_at_the_start(tmp_path: Path) -> None:
+    with ENGINES["base"].open(tmp_path / "state") as store:
+        text = store.put(TALK)
+        assert store.explain(text).facts["same_model"] and not store.warnings
+    with ENGINES["block"].open(tmp_path / "state") as store:
+        assert ["block size" in warning for warning in store.warnings] == [True]
+        assert not store.explain(text).facts["same_model"]
 
 
 def resealed(bundle: bytes, change: bytearray) -> bytes:

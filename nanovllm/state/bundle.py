@@ -68,12 +68,10 @@ class Bundles:
         )
         state_id = yield from self.naming.put(object_of(payload), given)
         obj = self.plane.catalog.objects[state_id]
-        taken = yield from self._take(obj, blocks)
-        reason = f"text, and {taken} of {len(blocks)} blocks: the others are of another model, layout or namespace"
+        reason = yield from self._take(obj, blocks)
         state_id.receipt = self.plane.receipt(
-            "import", started, True, reason if taken < len(blocks) else f"text and {taken} blocks", obj=obj,
-            size_bytes=len(data), detail={"from": record.state_id},
-        )  # fmt: skip
+            "import", started, True, reason, obj=obj, size_bytes=len(data), detail={"from": record.state_id}
+        )
         return state_id
 
     def _blocks(self, obj: StateObject) -> Steps[list[bytes]]:
@@ -91,7 +89,26 @@ class Bundles:
                 parts.append(self.plane.seal_block(self.migration.label_of(block), payload))
         return parts
 
-    def _take(self, obj: StateObject, blocks: list[tuple[Label, bytes]]) -> Steps[int]:
+    def _take(self, obj: StateObject, blocks: list[tuple[Label, bytes]]) -> Steps[str]:
+        """Write those that are this object's own blocks here; what was taken, and why the others were not."""
+        pairs = yield from self._own(obj, blocks)
+        there = sum(block.digest in self.plane.catalog.entries for block, _ in pairs)
+        is_there = obj.state_id in self.plane.catalog.objects  # it may have been dropped since
+        transfer = self.migration.spill(pairs) if pairs and is_there else None
+        if transfer is not None:
+            yield transfer
+        new = len(pairs) - there
+        taken = new if transfer is not None and transfer.ok else 0
+        foreign = len(blocks) - len(pairs)
+        others = [
+            f"{there} are here already" if there else "",
+            f"{foreign} are of another model, layout or namespace" if foreign else "",
+            f"for {new - taken} there is no room" if new > taken else "",
+        ]
+        told = "; ".join(filter(None, others))
+        return f"text, and {taken} of {len(blocks)} blocks: {told}" if told else f"text and {taken} blocks"
+
+    def _own(self, obj: StateObject, blocks: list[tuple[Label, bytes]]) -> Steps[list[tuple[KVBlock, bytes]]]:
         """Those that are this object's own blocks here, in order."""
         pairs: list[tuple[KVBlock, bytes]] = []
         size = None if self.plane.device is None else self.plane.device.block_bytes
@@ -101,12 +118,7 @@ class Bundles:
             if size not in (None, len(payload)):
                 break
             pairs.append((own, payload))
-        is_there = obj.state_id in self.plane.catalog.objects  # it may have been dropped since
-        transfer = self.migration.spill(pairs) if pairs and is_there else None
-        if transfer is None:
-            return 0
-        yield transfer
-        return len(pairs) if transfer.ok else 0
+        return pairs
 
 
 def _read(data: bytes) -> tuple[StateObject, Payload, list[tuple[Label, bytes]]]:

@@ -96,6 +96,26 @@ def test_another_block_size_is_told_at_the_start(tmp_path: Path) -> None:
         assert not store.explain(text).facts["same_model"]
 
 
+@pytest.mark.parametrize(
+    ("model", "times", "host_bytes", "why"),
+    [
+        ("other", 1, 1 << 20, "4 are of another model, layout or namespace"),
+        ("m", 2, 1 << 20, "4 are here already"),
+        ("m", 1, 1_400, "for 4 there is no room"),
+    ],
+)
+def test_an_import_says_why_blocks_were_not_taken(
+    tmp_path: Path, model: str, times: int, host_bytes: int, why: str
+) -> None:
+    with World(tmp_path).open() as store:
+        text = store.put(TALK)
+        spill(store, blocks_for(store, TOKENS))
+        bundle = store.export(text)
+    with World(None, host_bytes=host_bytes).open(model=model) as store:
+        receipt = [store.import_(bundle) for _ in range(times)][-1].receipt
+        assert receipt is not None and receipt.reason == f"text, and 0 of 4 blocks: {why}"
+
+
 def resealed(bundle: bytes, change: bytearray) -> bytes:
     """A bundle whose outer sum is right again: what is inside has to tell."""
     body = bytes(change[:-SUM_BYTES])

@@ -61,6 +61,10 @@ class DeviceStateTier:
         """Whether a block with this digest can be found."""
         return digest in self.manager.hash_to_block_id
 
+    def namespaces(self) -> set[str]:
+        """Whose blocks can be found."""
+        return {store_namespace(block.namespace) for block in self.manager.blocks if block.hash_value is not None}
+
     def read(self, digest: bytes) -> bytes | None:
         """The block's bytes in canonical order."""
         block = self.manager.index.holder_of(digest)

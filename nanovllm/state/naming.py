@@ -19,6 +19,7 @@ from nanovllm.errors import (
     StateNotFoundError,
     shown,
 )
+from nanovllm.state.document_kv import left_of
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import (
     KVBlock,
@@ -39,6 +40,7 @@ from nanovllm.state.steps import Steps, begin
 from nanovllm.state.storing import Pending, Storing
 
 SECOND_MS = 1_000
+KNOWLEDGE = "knowledge"
 
 
 @dataclass
@@ -174,14 +176,16 @@ class Naming:
         return (yield from self.storing.steps(self.storing.begin(Pending("fork", started, new, chain=chain), payload)))
 
     def drop(self, obj: StateObject, reason: str) -> Steps[Receipt]:
-        """Out of every tier: its text, and the blocks that only it owned. Nothing can find them from the first step
-        on; the receipt comes when they are gone."""
+        """Out of every tier: its text, and the blocks that only it owned; of a document those that others computed of
+        it, too. Its id and name find nothing from the first step on; the receipt comes when the bytes are gone."""
         started = self.plane.clock.now_ns()
         self.let_go(obj.state_id)
-        keys = self.plane.catalog.remove(obj)
+        alone = self.plane.catalog.remove(obj)
+        left = (yield from left_of(self.plane, obj)) if obj.kind == KNOWLEDGE else []
+        keys = [key for key in dict.fromkeys((*alone, *left)) if not self.plane.catalog.owners(key)]
         size, removals = self.plane.forget(keys, scrub=True)
         self.plane.rekind(obj.chain)
-        kept = self._discard(obj.chain, keys)
+        kept = self._discard(keys)
         yield from removals.values()
         failed = [name for name, removal in removals.items() if not removal.ok]
         detail = {"keys": len(keys), "blocks_in_use": len(kept)}
@@ -195,12 +199,12 @@ class Naming:
         """As `drop`, for whom nobody waits."""
         begin(self.drop(obj, reason), lambda receipt, error: None)
 
-    def _discard(self, chain: Sequence[bytes], keys: Sequence[bytes]) -> list[bytes]:
-        """Take those of `keys` out of the pool; the ones that somebody runs on go when that ends."""
-        device, gone = self.plane.device, set(keys)
+    def _discard(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Take them out of the pool; the ones that somebody runs on go when that ends."""
+        device = self.plane.device
         if device is None:
             return []
-        kept = [key for key in chain if key in gone and device.holds(key) and not device.discard(key)]
+        kept = [key for key in keys if device.holds(key) and not device.discard(key)]
         if kept:
             self.plane.owed.setdefault("device", set()).update(kept)
         return kept

@@ -34,6 +34,9 @@ class FakeDevice:
     def holds(self, digest: bytes) -> bool:
         return digest in self.blocks
 
+    def namespaces(self) -> set[str]:
+        return {block.namespace for block, _ in self.blocks.values()}
+
     def read(self, digest: bytes) -> bytes | None:
         return self.blocks[digest][1] if digest in self.blocks else None
 

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.errors import StateNotFoundError, StateRefusedError
-from nanovllm.state.objects import DEFAULT_NAMESPACE, PUBLIC, Document
+from nanovllm.state.objects import DEFAULT_NAMESPACE, PUBLIC, Document, Session
 from nanovllm.state.settings import StateSettings
 from nanovllm.state.store import StateStore
+from tests.state.fake_device import FakeDevice
+from tests.state.stores import World, blocks_for, check_books, spill
 
 TOKENS = list(range(40))
 
@@ -44,6 +46,47 @@ def test_a_public_documents_kv_is_that_of_prompts_which_belong_to_no_tenant() ->
         )
         assert public.chain == own.chain and public.root == own.root
         assert not set(theirs.chain) & set(own.chain)
+
+
+@pytest.mark.parametrize("is_under_way", [False, True])
+def test_a_removed_document_leaves_no_kv_with_any_key_but_what_a_conversation_owns(
+    tmp_path: Path, is_under_way: bool
+) -> None:
+    """Also where a hint owned it, and where a sequence runs on it: then when that ends."""
+    device = FakeDevice(num_blocks=32)
+    store = World(tmp_path / "state").open(device=device)
+    document = store.put(Document("text", TOKENS[:12]), {"namespace": PUBLIC})
+    asked = {name: blocks_for(store, [*TOKENS[:12], 77, 78, 79, 80], name) for name in ("a", "b", "c")}
+    for blocks in asked.values():
+        spill(store, blocks, "disk")
+        device.compute(blocks)
+    store.note_session("talk", "a", [block.digest for block in asked["a"]])
+    store.put(Session([], TOKENS[:12]), {"namespace": "b"})
+    lease = device.hold([asked["a"][0].digest], "sequence") if is_under_way else None
+    receipt = store.drop(document)
+    assert receipt.ok and receipt.detail["blocks_in_use"] == int(is_under_way)
+    if lease is not None:
+        device.release(lease)
+    store.tick()
+    assert [store.match(TOKENS[:12], name).num_tokens for name in ("a", "b", "c")] == [0, 12, 0]
+    for name, left in (("a", 1), ("b", 4), ("c", 1)):  # the question behind it is the prompt's own
+        digests = [block.digest for block in asked[name]]
+        assert sum(map(device.holds, digests)) == left
+        assert sum(digest in store.plane.catalog.entries for digest in digests) == left
+    assert store.find("talk", "a").num_tokens == 4
+    check_books(store)
+    store.close()
+
+
+def test_ones_own_document_goes_whatever_a_hint_says(tmp_path: Path) -> None:
+    store = World(tmp_path / "state").open()
+    for path in (TOKENS[:12], TOKENS[:8]):
+        document = store.put(Document("text", path), {"namespace": "a", "name": "d"})
+        spill(store, blocks_for(store, TOKENS[:12], "a"), "disk")
+        store.note_session("talk", "a", store.plane.chain_of(TOKENS[:12], "a"))
+        assert store.drop(document).ok and store.match(TOKENS[:12], "a").num_tokens == 0
+        check_books(store)
+    store.close()
 
 
 @settings(max_examples=12, deadline=None)

@@ -48,6 +48,10 @@ class DeviceTier(Protocol):
         """Whether a block with this digest can be found."""
         ...
 
+    def namespaces(self) -> set[str]:
+        """Whose blocks can be found."""
+        ...
+
     def read(self, digest: bytes) -> bytes | None:
         """The block's bytes in canonical order."""
         ...

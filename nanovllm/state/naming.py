@@ -92,6 +92,8 @@ class Naming:
     ) -> Pending:
         """Begin the object's next generation. Raises StateConflictError where it is not at `generation` any more."""
         started = self.plane.clock.now_ns()
+        if generation is not None and type(generation) is not int:
+            raise InvalidRequestError(f"generation must be a number, not {shown(generation)}.", param="generation")
         if generation is not None and generation != obj.generation:
             raise StateConflictError(
                 f"The state is at generation {obj.generation}, not {generation}.",

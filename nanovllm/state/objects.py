@@ -232,7 +232,9 @@ def check_ttl(ttl: object) -> float:
     """Seconds, more than 0 and at most ten years."""
     is_number = isinstance(ttl, int | float) and not isinstance(ttl, bool)
     if not is_number or not 0 < ttl <= MAX_TTL_S:  # type: ignore[operator]
-        raise InvalidRequestError(f"ttl must be from 0 to {MAX_TTL_S} seconds, not {shown(ttl)}.", param="ttl")
+        raise InvalidRequestError(
+            f"ttl must be more than 0 and at most {MAX_TTL_S} seconds, not {shown(ttl)}.", param="ttl"
+        )
     return float(ttl)  # type: ignore[arg-type]
 
 

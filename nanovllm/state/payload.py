@@ -86,6 +86,8 @@ def default_kind(payload: Payload) -> str:
 def _text(text: object) -> str:
     if not isinstance(text, str):
         raise TypeError(f"A text is a str, not {type(text).__name__}.")
+    if not text:
+        raise InvalidRequestError("The text is empty: there is nothing to keep.", param="obj")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, shown
 from nanovllm.state.catalog import Entry
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import KINDS, KVBlock
@@ -82,6 +82,8 @@ class Reclaim:
         started = self.plane.clock.now_ns()
         if kind is not None and kind not in KINDS:
             raise InvalidRequestError(f"kind must be one of {', '.join(KINDS)}, not {kind!r:.60}.", param="kind")
+        if size_bytes is not None and (type(size_bytes) is not int or size_bytes < 0):
+            raise InvalidRequestError(f"bytes must be a number from 0 up, not {shown(size_bytes)}.", param="bytes")
         if policy is not None:
             self.plane.make_policy(policy)  # an unknown name is refused here
         name = self._tier_to_evict_from(tier, kind)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.errors import StateNotFoundError
+from nanovllm.errors import InvalidRequestError, StateNotFoundError, shown
 from nanovllm.state.audit import Audit
 from nanovllm.state.bundle import Bundles
 from nanovllm.state.migration import Migration
@@ -76,6 +76,8 @@ class Verbs:
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
         """The object of an id or name, if the caller may see it and it has not expired."""
+        if not isinstance(state_id, str):
+            raise InvalidRequestError(f"state_id is an id or a name, not {shown(state_id)}.", param="state_id")
         obj = self.plane.catalog.find(state_id, namespace, kind)
         if obj.expires_ms is not None and self.plane.wall_ms() >= obj.expires_ms:
             self.naming.drop_soon(obj, "expired")

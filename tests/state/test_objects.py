@@ -15,6 +15,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.state.objects import Metadata, Session, check_state_id, check_tokens, new_state_id
 from nanovllm.state.payload import decode, encode, object_of, payload_of
 from nanovllm.state.receipts import MAX_RECEIPTS, PER_OBJECT, History, Receipt
+from tests.state.stores import World
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,6 +78,25 @@ def test_a_name_is_either_kept_as_it_is_or_refused(name: str) -> None:
         assert Metadata.of({"name": name}).name == name
     except InvalidRequestError as error:
         assert error.param == "name"
+
+
+def test_arguments_of_verbs_are_refused_by_name() -> None:
+    store = World(None).open()
+    state_id = store.put("text")
+    for verb in (store.get, store.find, store.drop, store.export, store.pin, store.unpin, store.explain, store.fork):
+        for bad in (None, 5, b"id", ["id"]):
+            with pytest.raises(InvalidRequestError) as caught:
+                verb(bad)  # type: ignore[arg-type]
+            assert caught.value.param == "state_id"
+    for wrong in ("1", True, 1.0):
+        with pytest.raises(InvalidRequestError) as caught:
+            store.update(state_id, "new", generation=wrong)  # type: ignore[arg-type]
+        assert caught.value.param == "generation"
+    for bad in ("5", -1, 1.5, True):
+        with pytest.raises(InvalidRequestError) as caught:
+            store.evict(bytes=bad)  # type: ignore[arg-type]
+        assert caught.value.param == "bytes"
+    assert store.get(state_id) == "text" and store.find(state_id).generation == 1
 
 
 def test_tokens_are_integers() -> None:

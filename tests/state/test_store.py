@@ -61,6 +61,7 @@ def test_what_is_no_state_is_a_type_error(bad: object) -> None:
     [
         ("text", {"kind": "kv"}, "kind"),
         ([1, 2], {"kind": "session"}, "kind"),
+        ("", {}, "obj"),
         ("lone \ud800", {}, "obj"),
         ([{"role": "user", "content": "\udfff"}], {}, "obj"),
         ([{"n": b"bytes"}], {}, "obj"),

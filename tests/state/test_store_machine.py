@@ -28,7 +28,7 @@ from tests.state.stores import World, blocks_for, check_books, computed, loaded,
 LONG = (pytest.mark.long, pytest.mark.timeout(1800))
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=20)  # few values: prefixes are shared
-TEXT = st.text(max_size=40)
+TEXT = st.text(min_size=1, max_size=40)
 THINGS = st.one_of(
     TEXT,
     TOKENS,

@@ -77,8 +77,9 @@ async def delete(request: Request) -> Response:
     """Out of every tier."""
     query_of(request)
     services, ticket = parts_of(request)
-    await services.turns.drop(ticket.tenant, await _named(request))
-    gone = {"id": request.path_params["conversation_id"], "object": "conversation.deleted", "deleted": True}
+    given = request.path_params["conversation_id"]
+    await services.turns.drop(ticket.tenant, CONVERSATION, given, "conversation_id")
+    gone = {"id": given, "object": "conversation.deleted", "deleted": True}
     return json_of(gone)
 
 

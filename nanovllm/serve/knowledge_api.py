@@ -27,6 +27,7 @@ from nanovllm.serve.knowledge_replies import DocumentsReply, DroppedReply, Knowl
 from nanovllm.serve.reception import BYTES_PER_S, RENDER_S, check_size, decoded, parts_of, within
 from nanovllm.serve.state_api import KNOWLEDGE_PATH, PAGE, json_of, limit_of, query_of
 from nanovllm.serve.state_protocol import KnowledgeBody, PinBody
+from nanovllm.serve.turn_store import check_removed
 from nanovllm.state.objects import PUBLIC, Document, StateId, check_name
 from nanovllm.state.report import page, position, receipt_facts
 
@@ -76,12 +77,16 @@ async def drop(request: Request) -> Response:
     services, ticket = parts_of(request)
     asked = query_of(request, "scope")
     namespace = _namespace(services, ticket.tenant, asked.get("scope", "own"), False)
-    dropped = []
-    for obj in await services.knowledge.called(namespace, request.path_params["name"]):
-        await services.knowledge.prefills.cancel((namespace, obj.label))
-        dropped.append(receipt_facts(await services.knowledge.call("drop", state_id=obj.state_id)))
-        services.knowledge.forget(state_id=obj.state_id)
-    return json_of(DroppedReply(dropped))
+    knowledge = services.knowledge
+    versions = await knowledge.called(namespace, request.path_params["name"])
+    for obj in versions:
+        await knowledge.prefills.cancel((namespace, obj.label))
+        knowledge.forget(state_id=obj.state_id)
+    receipts = await asyncio.gather(*(knowledge.call("drop", state_id=obj.state_id) for obj in versions))
+    for obj in versions:  # a prompt may have looked at it meanwhile
+        knowledge.forget(state_id=obj.state_id)
+    check_removed(*receipts)
+    return json_of(DroppedReply([receipt_facts(receipt) for receipt in receipts]))
 
 
 ROUTES = (

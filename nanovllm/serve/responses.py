@@ -77,8 +77,7 @@ async def delete(request: Request) -> Response:
     """Out of every tier."""
     query_of(request)
     services, ticket = parts_of(request)
-    kept = await _named(request)
-    await services.turns.drop(ticket.tenant, kept)
+    await services.turns.drop(ticket.tenant, RESPONSE, request.path_params["response_id"], "response_id")
     gone = {"id": request.path_params["response_id"], "object": "response.deleted", "deleted": True}
     return Response(msgspec.json.encode(gone), media_type="application/json")
 

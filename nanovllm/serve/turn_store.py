@@ -25,16 +25,20 @@ from nanovllm.errors import (
     StateConflictError,
     StateNotFoundError,
     StateRefusedError,
+    TierError,
+    TierFullError,
 )
 from nanovllm.serve.config import ServerConfig
 from nanovllm.serve.context import Tenant
 from nanovllm.serve.items import CONVERSATION, RESPONSE, is_turn
 from nanovllm.state.objects import Session, StateObject
+from nanovllm.state.receipts import Receipt
 
 KIND = "session"
 CONVERSATION_PREFIX = "conv_"
 _FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r"conv_([0-9a-f]{32})")}
 FEWER = "Delete responses or conversations, or send store: false."
+DELETE_IT = "Ask again, or DELETE it: what is left of it goes, and so does its name."
 STATE_S = 60.0  # for one call on the state; a tier's own deadlines are seconds
 
 
@@ -65,29 +69,41 @@ class TurnStore:
     _busy: set[tuple[str, str]] = field(default_factory=set)
 
     async def find(self, tenant: Tenant, kind: str, given: str, param: str) -> Kept:
-        """A response or conversation by its id. Raises StateNotFoundError, naming the field."""
-        form = _FORMS[kind].fullmatch(given)
-        missing = StateNotFoundError(
-            f"There is no {kind} {given!r:.80}.", param=param, hint="It was never stored, has expired or was deleted."
-        )
-        if form is None:
-            raise missing
-        namespace = store_namespace(tenant.owner)
+        """A response or conversation by its id, and what it holds. Raises StateNotFoundError, naming the field."""
+        # first the object, then what it holds: a change in between makes the generation too old, never too new
+        obj = await self.look_up(tenant, kind, given, param)
         try:
-            # first the object, then what it holds: a change in between makes the generation too old, never too new
-            obj = await self._call("find", state_id=form[1] if form.groups() else given, namespace=namespace, kind=KIND)
-            session = await self._call("get", state_id=obj.state_id, namespace=namespace)
+            session = await self._call("get", state_id=obj.state_id, namespace=store_namespace(tenant.owner))
         except StateNotFoundError:
-            raise missing from None
+            await self.look_up(tenant, kind, given, param)
+            raise _unreadable(kind, given, param) from None
         if not isinstance(session, Session) or not is_turn(session, kind):
-            raise missing
+            raise _missing(kind, given, param)
         return Kept(obj, session)
 
+    async def look_up(self, tenant: Tenant, kind: str, given: str, param: str) -> StateObject:
+        """The same without what it holds, which may be damaged: enough to delete it."""
+        form = _FORMS[kind].fullmatch(given)
+        if form is None:
+            raise _missing(kind, given, param)
+        named = {"state_id": form[1] if form.groups() else given, "namespace": store_namespace(tenant.owner)}
+        try:
+            obj: StateObject = await self._call("find", **named, kind=KIND)
+        except StateNotFoundError:
+            raise _missing(kind, given, param) from None
+        is_response = _FORMS[RESPONSE].fullmatch(obj.name or "") is not None
+        if obj.is_hint or is_response != (kind == RESPONSE):
+            raise _missing(kind, given, param)
+        return obj
+
     async def named(self, tenant: Tenant, name: str) -> list[Kept]:
-        """The tenant's conversation of that name, if there is one."""
+        """The tenant's conversation of that name, if there is one. Raises StateNotFoundError where it is damaged."""
         found = await self._call("ls", namespace=store_namespace(tenant.owner), kind=KIND, name=name, limit=1)
-        with suppress(StateNotFoundError):
+        try:
             return [await self.find(tenant, CONVERSATION, CONVERSATION_PREFIX + obj.state_id, "name") for obj in found]
+        except StateNotFoundError as error:
+            if error.hint == DELETE_IT:
+                raise
         return []
 
     async def check_room(self, tenant: Tenant, *, more_objects: int = 1, more_bytes: int = 0) -> None:
@@ -148,9 +164,11 @@ class TurnStore:
         except (StateRefusedError, InvalidRequestError) as error:
             raise _in_our_words(error) from None
 
-    async def drop(self, tenant: Tenant, kept: Kept) -> None:
-        """Out of every tier, with the KV that only it owned."""
-        await self._call("drop", state_id=kept.obj.state_id, namespace=store_namespace(tenant.owner))
+    async def drop(self, tenant: Tenant, kind: str, given: str, param: str) -> None:
+        """Out of every tier, with the KV that only it owned. Raises TierError where a tier did not remove it in time,
+        StateNotFoundError."""
+        obj = await self.look_up(tenant, kind, given, param)
+        check_removed(await self._call("drop", state_id=obj.state_id, namespace=store_namespace(tenant.owner)))
 
     async def drop_named(self, tenant: Tenant, name: str) -> None:
         """The same, of what may not be there."""
@@ -195,6 +213,24 @@ class TurnStore:
                 return await self.engine.call_state(verb, **arguments)
         except TimeoutError:
             raise DeadlineError(f"The state did not answer within {STATE_S:g} s.") from None
+
+
+def check_removed(*receipts: Receipt) -> None:
+    """Raise TierError unless all of it is gone: only then a deletion may be acknowledged."""
+    failed = [receipt for receipt in receipts if not receipt.ok]
+    if failed:
+        kind = TierFullError if any(receipt.detail.get("is_full") for receipt in failed) else TierError
+        raise kind("It is not removed everywhere yet.", hint="Nobody finds it any more; the rest will be tried again.")
+
+
+def _missing(kind: str, given: str, param: str) -> StateNotFoundError:
+    hint = "It was never stored, has expired or was deleted."
+    return StateNotFoundError(f"There is no {kind} {given!r:.80}.", param=param, hint=hint)
+
+
+def _unreadable(kind: str, given: str, param: str) -> StateNotFoundError:
+    message = f"The {kind} {given!r:.80} is there, but its bytes are lost or cannot be read."
+    return StateNotFoundError(message, param=param, hint=DELETE_IT)
 
 
 def _in_our_words(error: StateRefusedError | InvalidRequestError) -> NanoVLLMError:

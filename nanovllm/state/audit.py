@@ -42,6 +42,10 @@ class Audit:
                     size += yield from self._verify(place, entries[start : start + BATCH], found, repair)
         damaged = found.total() - found["sound"]
         reason = f"{found['sound']} sound, {damaged} not" + (", set aside" if damaged and repair else "")
+        lost = self._lost() if tier is None else 0
+        if lost:
+            found["lost"], damaged = lost, damaged + lost
+            reason += f"; {lost} objects whose bytes are nowhere: drop them"
         return self.plane.receipt(
             "verify", started, damaged == 0, reason, tier=tier, size_bytes=size, detail=dict(found)
         )
@@ -86,6 +90,11 @@ class Audit:
         if repair and bad:
             yield self.plane.read(place, bad)
         return sum(len(result) for _, result in rows if isinstance(result, bytes))
+
+    def _lost(self) -> int:
+        """Objects that have a name and nothing behind it: their bytes were set aside, or gone when they were read."""
+        objects, entries = self.plane.catalog.objects.values(), self.plane.catalog.entries
+        return sum(bool(obj.payload_key) and obj.payload_key not in entries for obj in objects)
 
     def _is_here(self, label: Label, place: Place) -> bool:
         """Still: what was evicted or dropped meanwhile is no damage."""

@@ -190,7 +190,8 @@ class Naming:
         kept = self._discard(keys)
         yield from removals.values()
         failed = [name for name, removal in removals.items() if not removal.ok]
-        detail = {"keys": len(keys), "blocks_in_use": len(kept)}
+        is_full = any(removals[name].is_full for name in failed)
+        detail = {"keys": len(keys), "blocks_in_use": len(kept), **({"is_full": True} if is_full else {})}
         if kept:
             reason += f"; {len(kept)} blocks go when the sequences that run on them end"
         if failed:

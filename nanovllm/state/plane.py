@@ -370,7 +370,8 @@ class Plane:
         def job() -> None:
             place.tier.drop(keys, scrub=scrub)
 
-        return self.mover.start(place.write_lane, job, deadline_ms=self.settings.write_deadline_ms, then=ended)
+        deadline = self.settings.removal_deadline_ms if scrub else self.settings.write_deadline_ms
+        return self.mover.start(place.write_lane, job, deadline_ms=deadline, then=ended)
 
 
 def bare(label: Label) -> Label:

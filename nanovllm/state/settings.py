@@ -13,6 +13,7 @@ from dataclasses import dataclass
 class StateSettings:
     """What a state plane allows itself and others.
 
+    `removal_deadline_ms`: until a deletion is told to be done or not; clients were promised five seconds.
     `objects_per_namespace`, `text_bytes_per_namespace`: of one kind, what one tenant may have put; hints count by
     themselves. `namespace_bytes`: what one tenant may hold in one tier (None: as much as there is). `pinned_share`: of
     a tier, what pins may hold together. `layout`, `layers`: how a block's bytes lie, where no device says so.
@@ -25,6 +26,7 @@ class StateSettings:
     layers: int = 1
     read_deadline_ms: float = 2_000.0
     write_deadline_ms: float = 10_000.0
+    removal_deadline_ms: float = 4_000.0
     max_object_bytes: int = 4 << 20
     objects_per_namespace: int = 10_000
     text_bytes_per_namespace: int = 1 << 30

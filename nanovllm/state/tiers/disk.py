@@ -11,6 +11,7 @@ rewriting them); a folder that was damaged opens with what is sound in it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -83,8 +84,11 @@ class DiskTier:
         In this order: whoever is killed in between still has the text, and so the name under which all goes."""
         self._writable()
         self.segments.drop(keys, scrub=scrub)
+        if scrub:
+            self._forget_set_aside(keys)
         self.files.drop(keys)
-        self.segments.collect()
+        with suppress(TierError):  # the bytes are gone; room for a rewrite may come later
+            self.segments.collect()
 
     def scan(self) -> Iterator[Found]:
         """Everything that survived."""
@@ -166,6 +170,14 @@ class DiskTier:
             return  # the copy is for a person's eyes; the miss was counted already
         with open(fd, "wb") as file:
             file.write(sealed)
+
+    def _forget_set_aside(self, keys: Sequence[bytes]) -> None:
+        """What was damaged goes with its object, too."""
+        mine = {f"{key.hex()}.bad" for key in keys} & set(self._quarantine.names())
+        for name in mine:
+            self._quarantine.remove(name)
+        if mine:
+            self._quarantine.sync_names()
 
     def _bound_quarantine(self) -> None:
         with io_errors("quarantine", "bound"):

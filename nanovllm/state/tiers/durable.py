@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -72,14 +73,10 @@ class DurableFiles:
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Gone for good when it returns."""
-        here = [key for key in keys if key in self._sizes]
-        if not here:
-            return
-        self.ledger.commit(remove=here)
-        for key in here:
-            self.folder.remove(key.hex())
-            self._leave(key)
-        self.folder.sync_names()
+        here = [key for key in dict.fromkeys(keys) if key in self._sizes]
+        if here:
+            self._erase(here)
+        self.ledger.clean()
 
     def set_aside(self, key: bytes, elsewhere: Folder) -> None:
         """Move a damaged file out of the way and forget it."""
@@ -108,6 +105,28 @@ class DurableFiles:
     def close(self) -> None:
         """Close the ledger."""
         self.ledger.close()
+
+    def _erase(self, keys: Sequence[bytes]) -> None:
+        """Rows, then files. Where the ledger finds no room, the files go first: their room may be what it lacks."""
+        try:
+            self.ledger.commit(remove=keys)
+        except TierError:
+            self._remove_files(keys)
+            with suppress(TierError):
+                self.ledger.empty_log()
+            self.ledger.commit(remove=keys)
+        else:
+            self._remove_files(keys)
+        for key in keys:
+            del self._sizes[key]
+
+    def _remove_files(self, keys: Sequence[bytes]) -> None:
+        """Off the disk when it returns; the keys stay known, for another try, until their rows are gone, too."""
+        for key in keys:
+            self.folder.remove(key.hex())
+        self.folder.sync_names()
+        for key in keys:
+            self._enter(key, 0)
 
     def _write_new(self, items: Sequence[Item]) -> None:
         """All are written before the first is synced, so that the file system can share its own commit."""

@@ -3,8 +3,8 @@
 What it is: one row per durable file with the label that stands in it, so that a start reads one database
 instead of every file. What it knows nothing about: the files. Invariants: a row carries its own xxh3-128,
 because SQLite does not sum its pages; `commit` returns after the write-ahead log is on the disk
-(`synchronous=FULL`); a database that SQLite or a sum finds damaged is set aside and built anew from the
-files, which say the same of themselves.
+(`synchronous=FULL`); after `clean` nothing of a removed row is in any of its files; a database that SQLite or a
+sum finds damaged is set aside and built anew from the files, which say the same of themselves.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Ledger:
 
     def __init__(self, folder: Path | None, *, read_only: bool = False) -> None:
         self.path = (folder or Path()) / FILE
+        self._is_unclean = not read_only  # the log of whoever was killed may hold what was removed
         if self.path.is_symlink():
             raise TierError("The ledger is a symbolic link.")
         uri = f"{self.path.absolute().as_uri()}{'?mode=ro' if read_only else ''}" if folder else "file::memory:"
@@ -57,7 +58,9 @@ class Ledger:
                     self.path.chmod(0o600)
                     self._db.execute("PRAGMA journal_mode=WAL")
                     self._db.execute("PRAGMA synchronous=FULL")
+                    self._db.execute("PRAGMA secure_delete=ON")
                     self._db.execute(_TABLE)
+                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # its pages have room from here on
             except sqlite3.Error:
                 self._db.close()
                 raise
@@ -93,10 +96,11 @@ class Ledger:
 
     def commit(self, put: Iterable[Row] = (), remove: Iterable[bytes] = ()) -> None:
         """One transaction, on the disk when it returns. Raises TierError, TierFullError; then nothing changed."""
+        gone = [(key,) for key in remove]
         with sqlite_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.executemany("DELETE FROM held WHERE key = ?", [(key,) for key in remove])
+                self._db.executemany("DELETE FROM held WHERE key = ?", gone)
                 rows = [(row.key, row.size, row.label, row.sum) for row in put]
                 self._db.executemany("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?)", rows)
                 self._db.execute("COMMIT")
@@ -104,6 +108,20 @@ class Ledger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+        self._is_unclean |= bool(gone)
+
+    def clean(self) -> None:
+        """What was removed, its name included, is in the log no more. Raises TierError where a reader is in the way."""
+        if self._is_unclean:
+            self.empty_log()
+
+    def empty_log(self) -> None:
+        """Bring its log into its file: that takes no room but for new pages, and gives back the log's."""
+        with sqlite_errors():
+            is_busy = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        if is_busy:
+            raise TierError("The ledger: somebody reads it, so its log cannot be emptied.")
+        self._is_unclean = False
 
     def file_bytes(self) -> int:
         """What the database and its logs take."""

@@ -124,8 +124,9 @@ class Segments:
             if place is not None:
                 self._mark_dead(key, place)
             if scrub:
-                for dead in self._dead.pop(key, ()):
+                for dead in self._dead.get(key, ()):
                     self._zero(dead)
+                self._dead.pop(key, None)  # not before: whoever tries again must find them
 
     def collect(self, room_for: int = 0, limit: int | None = None) -> None:
         """Rewrite thin segments; then those with most dead bytes, until `room_for` more stay within `limit`."""

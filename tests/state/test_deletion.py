@@ -1,0 +1,111 @@
+"""Deletions: on a full disk, behind damage, in the ledger's own files; told as done only when they are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanovllm.core.clock import VirtualClock
+from nanovllm.errors import StateNotFoundError, TierError, TierFullError
+from nanovllm.state.breaker import SECOND
+from nanovllm.state.objects import Session
+from nanovllm.state.store import StateStore
+from nanovllm.state.tiers.ledger import Ledger, Row
+from tests.state.stores import World, check_books
+
+TEXT = "the vault of the town hall opens at noon"
+
+
+def talk() -> Session:
+    return Session([{"role": "user", "content": TEXT}], [1, 2, 3, 4])
+
+
+def bytes_of(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def damage(folder: Path) -> None:
+    (text,) = (folder / "texts").iterdir()
+    text.write_bytes(text.read_bytes()[:-3] + b"\xff\0\xff")
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_without_room_for_the_ledger_the_text_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    world = World(tmp_path / "state", host_bytes=0)
+    store = world.open()
+    kept = store.put(talk(), {"kind": "session", "name": "vault"})
+    commit, left = Ledger.commit, [failures]
+
+    def full(self: Ledger, *args: object, **named: object) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise TierFullError("The ledger: database or disk is full.")
+        commit(self, *args, **named)
+
+    monkeypatch.setattr(Ledger, "commit", full)
+    receipt = store.drop(kept)
+    assert receipt.ok == (failures == 1) and receipt.detail.get("is_full", False) == (failures == 2)
+    assert TEXT.encode() not in bytes_of(tmp_path)  # as a kill -9 would leave it
+    check_books(store)
+    assert isinstance(world.clock, VirtualClock)
+    world.clock.advance(31 * SECOND)
+    store.tick()  # what was owed is tried again
+    assert not store.plane.owed.get("disk") and b"vault" not in bytes_of(tmp_path)
+    store.close()
+    with world.open() as again:
+        assert not again.ls() and not again.warnings
+
+
+def test_no_name_of_a_removed_object_stays_in_the_ledger(tmp_path: Path) -> None:
+    with World(tmp_path / "state", host_bytes=0).open() as store:
+        gone = store.put(talk(), {"kind": "session", "name": "my-divorce-lawyer"})
+        store.put(talk(), {"kind": "session", "name": "the-plumber"})
+        assert b"my-divorce-lawyer" in bytes_of(tmp_path)
+        assert store.drop(gone).ok
+        assert b"my-divorce-lawyer" not in bytes_of(tmp_path) and b"the-plumber" in bytes_of(tmp_path)
+
+
+def test_a_log_that_somebody_reads_is_no_removal_yet(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger._db.execute("PRAGMA busy_timeout=1")
+    ledger.commit(put=[Row(b"key", 1, b"label")])
+    reader = Ledger(tmp_path, read_only=True)
+    reader._db.execute("BEGIN")
+    reader.rows()
+    ledger.commit(remove=[b"key"])
+    with pytest.raises(TierError, match="somebody reads it"):
+        ledger.clean()
+    reader.close()
+    ledger.clean()
+    ledger.close()
+
+
+def damaged(world: World) -> tuple[StateStore, str]:
+    store = world.open()
+    kept = store.put(talk(), {"kind": "session", "name": "vault"})
+    assert world.folder is not None
+    damage(world.folder)
+    assert not store.verify().ok
+    with pytest.raises(StateNotFoundError):
+        store.get(kept)
+    return store, kept
+
+
+def test_verify_counts_what_has_a_name_and_no_bytes(tmp_path: Path) -> None:
+    store, kept = damaged(World(tmp_path / "state", host_bytes=0))
+    receipt = store.verify()
+    assert not receipt.ok and receipt.detail["lost"] == 1
+    store.drop(kept)
+    assert store.verify().ok
+    store.close()
+
+
+def test_a_damaged_text_goes_from_the_quarantine_with_its_object(tmp_path: Path) -> None:
+    store, kept = damaged(World(tmp_path / "state", host_bytes=0))
+    assert TEXT[:20].encode() in bytes_of(tmp_path / "state" / "quarantine")
+    assert store.drop(kept).ok
+    assert TEXT[:20].encode() not in bytes_of(tmp_path)
+    store.close()

@@ -65,6 +65,8 @@ def build_state(
         logger.warning("%s", warning)
     kv_tiers = {"host": host, "disk": config.state_dir, "remote": config.state_remote}
     names = tuple(name for name, setting in kv_tiers.items() if setting is not None)
+    if names and config.prefix_mode != "reuse":
+        logger.warning("prefix_mode is %s: the tiers (%s) keep no KV.", config.prefix_mode, ", ".join(names))
     salted = partial(root_of, identity)
     return TieredState(blocks, device, store, kv_tiers=names, load_mode=config.state_load, costs=costs, root_of=salted)
 

@@ -70,7 +70,7 @@ class ServerConfig:
     port: int = _setting(8000, "port to listen on; 0 takes a free one", 0, 65535)
     api_key: tuple[str, ...] = _setting((), "key a client must send, KEY or NAME:KEY; may be repeated", secret=True)
     api_key_file: str | None = _setting(None, "file of such keys, one a line")
-    admin_key: str | None = _setting(None, "key that may also read /metrics", secret=True)
+    admin_key: str | None = _setting(None, "key that may also use /metrics, /state and the dashboard", secret=True)
     share_prefix: bool = _setting(False, "let all keys see each other's cached prefixes")
     insecure: bool = _setting(False, "serve a public address without any key")
     allowed_host: tuple[str, ...] = _setting((), "Host header accepted beside localhost; may be repeated")

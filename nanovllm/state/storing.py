@@ -32,6 +32,9 @@ from nanovllm.state.reclaim import Reclaim
 from nanovllm.state.shelves import ShelfKey, shelf_of
 from nanovllm.state.steps import Steps
 
+MORE_ROOM = "Drop some, unpin some, or make room where the tier lies."
+NOT_WRITTEN = "What is kept can still be read. See whether the place of the tier can be written, then try again."
+
 
 @dataclass(eq=False)
 class Pending:
@@ -83,7 +86,7 @@ class Storing:
         pending.new = self._filled(pending, payload)
         home = self._home(pending.new, must)
         if home is None:
-            self._refuse(pending, "there is no tier for it")
+            self._refuse(pending, "there is no tier for it", hint="Give the state some memory or a folder.")
             return pending
         sealed = seal(payload_label(pending.new), pending.data)
         limit = self._limit_of(pending, home, len(sealed))
@@ -91,7 +94,7 @@ class Storing:
             self._refuse(pending, limit, hint="Drop some.")
             return pending
         if self.reclaim.make_room(home, len(sealed), pending.new.namespace) is None:
-            self._refuse(pending, f"{home.name} is full, and everything in it is held")
+            self._refuse(pending, f"{home.name} is full, and everything in it is held", hint=MORE_ROOM)
             return pending
         self._reserve(pending)
         home.texts_coming[pending.new.namespace] += len(sealed)
@@ -112,7 +115,7 @@ class Storing:
         self._unreserve(pending)
         home.texts_coming[pending.new.namespace] -= len(sealed)
         if not transfer.ok:
-            self._refuse(pending, transfer.reason)
+            self._refuse(pending, transfer.reason, hint=MORE_ROOM if transfer.is_full else NOT_WRITTEN)
             return
         if pending.old is not None and pending.old.state_id not in self.plane.catalog.objects:
             self.plane.forget([entry.key], scrub=True)

@@ -196,3 +196,12 @@ def test_after_a_restart_it_knows_what_things_cost_and_what_was_pinned(cold: lis
         assert load.detail["estimated_compute_ms"] > 0 and "not known" not in load.detail["decision"]
         (lease,) = llm.engine.scheduler.kv.block_manager.leases  # type: ignore[attr-defined]
         assert len(lease.block_ids) == 16
+
+
+@pytest.mark.parametrize("mode", ["off", "observe", "reuse"])
+def test_tiers_that_will_keep_no_kv_are_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    with LLM(**TINY, state_dir=str(tmp_path), prefix_mode=mode) as llm:
+        assert llm.state_store.get(llm.state_store.put("a text")) == "a text"
+    assert ("keep no KV" in caplog.text) == (mode != "reuse")

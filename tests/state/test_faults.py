@@ -46,6 +46,20 @@ def populated(world: World) -> dict[str, Session]:
     return model
 
 
+@pytest.mark.parametrize(
+    ("code", "hint"), [(errno.ENOSPC, "make room"), (errno.EROFS, "can be written"), (errno.EIO, "can be written")]
+)
+def test_a_refused_put_says_what_can_be_done(tmp_path: Path, code: int, hint: str) -> None:
+    fails = failing(lambda role, action: code if (role, action) == ("texts", "create") else None)
+    with World(tmp_path / "state", folder_class=fails).open() as store:
+        with pytest.raises(StateRefusedError, match=os.strerror(code)) as caught:
+            store.put("text", {"durable": True})
+        assert hint in str(caught.value.hint)
+    with World(None, host_bytes=1 << 12).open() as store, pytest.raises(StateRefusedError) as caught:
+        store.put("x" * 3_000)
+    assert caught.value.hint
+
+
 def read_all(store: StateStore, model: dict[str, Session]) -> set[str]:
     """The objects that can be read, each equal to what was put; KV is right or missed."""
     good = set()

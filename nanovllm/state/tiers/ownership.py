@@ -33,7 +33,10 @@ class Ownership:
                 self._fd = self._take(path)
         except OSError as error:
             self.close()
-            raise StateFolderError(f"The state folder {path} cannot be opened: {error.strerror}.") from error
+            raise StateFolderError(
+                f"The state folder {path} cannot be opened: {error.strerror}.",
+                hint="Name a folder that this user may write, on a disk that is not read-only.",
+            ) from error
         except StateFolderError:
             self.close()
             raise

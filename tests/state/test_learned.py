@@ -116,7 +116,9 @@ def test_what_another_machine_or_model_learnt_is_learnt_anew(tmp_path: Path, ide
     store.close()
 
 
-@pytest.mark.parametrize("text", [" ", "[]", "null", "{", '{"schema": 1}', '{"schema": 1, "identity": "me", "data": 7}'])
+@pytest.mark.parametrize(
+    "text", [" ", "[]", "null", "{", '{"schema": 1}', '{"schema": 1, "identity": "me", "data": 7}']
+)
 def test_a_damaged_part_is_left_aside_with_a_warning(tmp_path: Path, text: str) -> None:
     world = World(tmp_path / "state")
     store = opened(world)

@@ -33,10 +33,12 @@ def samples_of(prefix: str) -> dict[str, set[str]]:
         try:
             stream = engine.submit([1, 2, 3], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
             [deltas async for deltas in stream]
+            while not engine.stats.tiers:  # told with the next of its beats
+                await asyncio.sleep(0.01)
+            metrics.answered(200)
+            return metrics.render()[0]
         finally:
             await engine.close()
-        metrics.answered(200)
-        return metrics.render()[0]
 
     families = text_string_to_metric_families(asyncio.run(whole()).decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

@@ -172,7 +172,11 @@ def answer_with(
     engine = SimpleNamespace(submit=lambda ids, params, **more: left.pop(0))
     config = SimpleNamespace(queue_timeout=1, request_timeout=1, heartbeat_interval=beat_s, write_timeout=stall_s)
     ticket = SimpleNamespace(
-        request_id="id", arrival_ns=0, tenant=SimpleNamespace(namespace=""), started=None, revise=lambda tokens, n: None
+        request_id="id",
+        arrival_ns=0,
+        tenant=SimpleNamespace(namespace="", owner=""),
+        started=None,
+        revise=lambda tokens, n: None,
     )
     order = Order([Prompt([1])] * len(streams), SamplingParams())
     answer = Answer(SimpleNamespace(engine=engine, config=config, traces=None), ticket, order, Text(), is_stream)

@@ -47,6 +47,7 @@ RESULTS: dict[str, Any] = {
     "explain": Explanation,
     "ls": list[StateObject],
     "find": StateObject,
+    "leaving": list[StateObject],
     "holdings": dict[str, int],
     "top": dict[str, Any],
 }

@@ -70,12 +70,14 @@ class Knowledge:
                 self._num_tokens -= len(self._passages.pop(key).token_ids)
 
     async def called(self, namespace: str, name: str) -> list[StateObject]:
-        """Documents of one namespace: all versions of a name, or the one of an id or `name@version`.
+        """Documents of one namespace to be removed: all versions of a name, or the one of an id or `name@version`, and
+        those of which an earlier removal left something.
 
         Raises StateNotFoundError where there is none.
         """
         found: list[StateObject] = await self.call("ls", namespace=namespace, kind=KIND, name=name)
-        own = [obj for obj in found if obj.namespace == namespace]
+        left: list[StateObject] = await self.call("leaving", state_id=name, namespace=namespace, kind=KIND)
+        own = [*left, *(obj for obj in found if obj.namespace == namespace)]
         if not own:
             obj = await self._find(name, namespace)
             own = [obj] if obj.namespace == namespace else []

@@ -39,6 +39,7 @@ CONVERSATION_PREFIX = "conv_"
 _FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r"conv_([0-9a-f]{32})")}
 FEWER = "Delete responses or conversations, or send store: false."
 DELETE_IT = "Ask again, or DELETE it: what is left of it goes, and so does its name."
+REST = "Nobody finds it any more. The rest is tried again while the server runs; another DELETE tries it now."
 STATE_S = 60.0  # for one call on the state; a tier's own deadlines are seconds
 
 
@@ -83,12 +84,8 @@ class TurnStore:
 
     async def look_up(self, tenant: Tenant, kind: str, given: str, param: str) -> StateObject:
         """The same without what it holds, which may be damaged: enough to delete it."""
-        form = _FORMS[kind].fullmatch(given)
-        if form is None:
-            raise _missing(kind, given, param)
-        named = {"state_id": form[1] if form.groups() else given, "namespace": store_namespace(tenant.owner)}
         try:
-            obj: StateObject = await self._call("find", **named, kind=KIND)
+            obj: StateObject = await self._call("find", **_named(tenant, kind, given, param))
         except StateNotFoundError:
             raise _missing(kind, given, param) from None
         is_response = _FORMS[RESPONSE].fullmatch(obj.name or "") is not None
@@ -165,9 +162,10 @@ class TurnStore:
             raise _in_our_words(error) from None
 
     async def drop(self, tenant: Tenant, kind: str, given: str, param: str) -> None:
-        """Out of every tier, with the KV that only it owned. Raises TierError where a tier did not remove it in time,
-        StateNotFoundError."""
-        obj = await self.look_up(tenant, kind, given, param)
+        """Out of every tier, with the KV that only it owned; again, where that was not done. Raises TierError where a
+        tier did not remove it in time, StateNotFoundError."""
+        left: list[StateObject] = await self._call("leaving", **_named(tenant, kind, given, param))
+        obj = left[0] if left else await self.look_up(tenant, kind, given, param)
         check_removed(await self._call("drop", state_id=obj.state_id, namespace=store_namespace(tenant.owner)))
 
     async def drop_named(self, tenant: Tenant, name: str) -> None:
@@ -220,7 +218,16 @@ def check_removed(*receipts: Receipt) -> None:
     failed = [receipt for receipt in receipts if not receipt.ok]
     if failed:
         kind = TierFullError if any(receipt.detail.get("is_full") for receipt in failed) else TierError
-        raise kind("It is not removed everywhere yet.", hint="Nobody finds it any more; the rest will be tried again.")
+        raise kind("It is not removed everywhere yet.", hint=REST)
+
+
+def _named(tenant: Tenant, kind: str, given: str, param: str) -> dict[str, Any]:
+    """How the state calls it. Raises StateNotFoundError where no id looks so."""
+    form = _FORMS[kind].fullmatch(given)
+    if form is None:
+        raise _missing(kind, given, param)
+    state_id = form[1] if form.groups() else given
+    return {"state_id": state_id, "namespace": store_namespace(tenant.owner), "kind": KIND}
 
 
 def _missing(kind: str, given: str, param: str) -> StateNotFoundError:

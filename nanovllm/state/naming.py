@@ -19,6 +19,7 @@ from nanovllm.errors import (
     StateNotFoundError,
     shown,
 )
+from nanovllm.state.debts import DEVICE
 from nanovllm.state.document_kv import left_of
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import (
@@ -179,12 +180,12 @@ class Naming:
 
     def drop(self, obj: StateObject, reason: str) -> Steps[Receipt]:
         """Out of every tier: its text, and the blocks that only it owned; of a document those that others computed of
-        it, too. Its id and name find nothing from the first step on; the receipt comes when the bytes are gone."""
+        it, too. Its id and name find nothing from the first step on; the receipt comes when the bytes are gone. Where a
+        tier kept some, another drop tries them again."""
         started = self.plane.clock.now_ns()
-        self.let_go(obj.state_id)
-        alone = self.plane.catalog.remove(obj)
-        left = (yield from left_of(self.plane, obj)) if obj.kind == KNOWLEDGE else []
-        keys = [key for key in dict.fromkeys((*alone, *left)) if not self.plane.catalog.owners(key)]
+        owed = self.plane.debts.keys_of(obj)
+        condemned = (yield from self._strike_out(obj)) if owed is None else owed
+        keys = [key for key in condemned if not self.plane.catalog.owners(key)]
         size, removals = self.plane.forget(keys, scrub=True)
         self.plane.rekind(obj.chain)
         kept = self._discard(keys)
@@ -196,7 +197,15 @@ class Naming:
             reason += f"; {len(kept)} blocks go when the sequences that run on them end"
         if failed:
             reason += f"; not yet removed from {', '.join(failed)}: it will be tried again"
+            self.plane.debts.remember(obj, keys)
         return self.plane.receipt("drop", started, not failed, reason, obj=obj, size_bytes=size, detail=detail)
+
+    def _strike_out(self, obj: StateObject) -> Steps[list[bytes]]:
+        """Nobody finds it from here on; the keys of all that goes with it."""
+        self.let_go(obj.state_id)
+        alone = self.plane.catalog.remove(obj)
+        left = (yield from left_of(self.plane, obj)) if obj.kind == KNOWLEDGE else []
+        return list(dict.fromkeys((*alone, *left)))
 
     def drop_soon(self, obj: StateObject, reason: str) -> None:
         """As `drop`, for whom nobody waits."""
@@ -209,7 +218,7 @@ class Naming:
             return []
         kept = [key for key in keys if device.holds(key) and not device.discard(key)]
         if kept:
-            self.plane.owed.setdefault("device", set()).update(kept)
+            self.plane.debts.owe(DEVICE, kept)
         return kept
 
     def _fastest(self, digest: bytes) -> str | None:

@@ -83,6 +83,7 @@ class Place:
         self.going_bytes = 0
         self.group: list[Flight] = []  # durable writes that wait for the one under way
         self.is_committing = False
+        self.payment: Transfer | None = None  # the removal of what is owed that is under way, or was last
         self.by_kind: dict[str, int] = {}
         self.by_namespace: dict[str, int] = {}
         self.texts: Counter[str] = Counter()  # bytes whose last copy is here, by namespace: nothing evicts them

@@ -21,6 +21,7 @@ from nanovllm.core.clock import Clock
 from nanovllm.core.digest import Digest, DigestFn, block_digest
 from nanovllm.state.breaker import CircuitBreaker
 from nanovllm.state.catalog import Catalog, Entry
+from nanovllm.state.debts import DEVICE, Debts
 from nanovllm.state.envelope import BadEnvelope, Label, seal, unseal
 from nanovllm.state.mover import BUSY, MILLISECOND, Mover, Transfer
 from nanovllm.state.objects import StateObject
@@ -50,7 +51,7 @@ class Plane:
     digest_fn: DigestFn = block_digest
     catalog: Catalog = field(default_factory=Catalog)
     history: History = field(default_factory=History)
-    owed: dict[str, set[bytes]] = field(default_factory=dict)  # removals that a tier did not do yet
+    debts: Debts = field(default_factory=Debts)
     uses: int = 0
 
     def __post_init__(self) -> None:
@@ -204,7 +205,7 @@ class Plane:
         """What an object owned alone and owns no more goes, so that dropping the object leaves nothing of it."""
         self.forget(keys, scrub=True)
         if self.device is not None:
-            self.owed.setdefault("device", set()).update(keys)
+            self.debts.owe(DEVICE, keys)
 
     def evict(self, place: Place, entry: Entry) -> None:
         """The policy's choice goes from one tier; `flush` tells the tier, once for all that went."""
@@ -223,19 +224,18 @@ class Plane:
 
     def is_condemned(self, key: bytes) -> bool:
         """Whether this block goes from the device as soon as nobody runs on it: no copy of it is made any more."""
-        return key in self.owed.get("device", ()) and not self.catalog.owners(key)
+        return key in self.debts.by_tier[DEVICE] and not self.catalog.owners(key)
 
     def pay_debts(self) -> None:
         """Try again what tiers did not remove, but for what was written there anew."""
-        if self.device is not None and self.owed.get("device"):
-            wanted = {key for key in self.owed["device"] if not self.catalog.owners(key)}
-            self.owed["device"] = {key for key in wanted if self.device.holds(key) and not self.device.discard(key)}
+        if self.device is not None and self.debts.by_tier[DEVICE]:
+            owed = [key for key in self.debts.by_tier[DEVICE] if not self.catalog.owners(key)]
+            self.debts.by_tier[DEVICE] = {k for k in owed if self.device.holds(k) and not self.device.discard(k)}
         for name, place in self.places.items():
-            if self.owed.get(name) and place.writes.state != "open":
-                owed, self.owed[name] = self.owed[name], set()
-                keys = [key for key in owed if not self._is_wanted(place, key)]
-                if keys:
-                    self._remove(place, keys, scrub=True)
+            owed = [*self.debts.by_tier[name]]
+            if owed and place.writes.state != "open" and (place.payment is None or place.payment.done):
+                self.debts.settle(name, [key for key in owed if self._is_wanted(place, key)])
+                place.payment = self._remove(place, [*self.debts.by_tier[name]], scrub=True)
 
     def receipt(
         self,
@@ -365,7 +365,9 @@ class Plane:
             place.busy_bytes += size
             if not transfer.ok:
                 self.failed(place, place.writes, transfer)
-                self.owed.setdefault(place.name, set()).update(keys)
+                self.debts.owe(place.name, keys)
+            elif scrub:
+                self.debts.settle(place.name, keys)
 
         def job() -> None:
             place.tier.drop(keys, scrub=scrub)

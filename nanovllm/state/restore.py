@@ -70,7 +70,7 @@ def _restore_objects(plane: Plane, found: dict[str, list[Found]], warnings: list
         if displaced is not None:
             plane.forget(plane.catalog.remove(displaced), scrub=True)
     for name, key in stale:
-        plane.owed.setdefault(name, set()).add(key)
+        plane.debts.owe(name, [key])
 
 
 def _object_of(found: Found) -> StateObject | None:

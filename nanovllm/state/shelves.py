@@ -8,7 +8,7 @@ one shelf; a page costs what it shows and one step per shelf it is taken from, h
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -41,12 +41,15 @@ class Shelves:
 
     def __init__(self) -> None:
         self._shelves: dict[ShelfKey, Shelf] = {}
+        self._ends: list[tuple[int, str]] = []  # when, in Unix ms, and whose id; sorted
 
     def add(self, obj: StateObject) -> None:
         """Put it on its shelf."""
         shelf = self._shelves.setdefault(shelf_of(obj), Shelf())
         insort(shelf.row, place_in_list(obj))
         shelf.size_bytes += obj.payload_bytes
+        if obj.expires_ms is not None:
+            insort(self._ends, (obj.expires_ms, obj.state_id))
 
     def remove(self, obj: StateObject) -> None:
         """Take it off; an empty shelf goes, too."""
@@ -56,6 +59,12 @@ class Shelves:
         shelf.size_bytes -= obj.payload_bytes
         if not shelf.row:
             del self._shelves[key]
+        if obj.expires_ms is not None:
+            del self._ends[bisect_left(self._ends, (obj.expires_ms, obj.state_id))]
+
+    def expired(self, now_ms: int) -> list[str]:
+        """The ids of what has lived its time, the first first."""
+        return [state_id for _, state_id in self._ends[: bisect_left(self._ends, (now_ms + 1,))]]
 
     def on(self, key: ShelfKey) -> Shelf:
         """That shelf; to be read only."""

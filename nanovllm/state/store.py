@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from nanovllm.core.clock import Clock, MonotonicClock
 from nanovllm.core.digest import Digest, root_digest
+from nanovllm.errors import EngineClosedError
 from nanovllm.state.audit import Audit
 from nanovllm.state.bundle import Bundles
 from nanovllm.state.catalog import Entry
@@ -60,12 +61,11 @@ from nanovllm.state.tiers.device import DeviceTier
 from nanovllm.state.tiers.disk import DiskTier
 from nanovllm.state.tiers.host import HostTier
 from nanovllm.state.tiers.tier import Tier
-from nanovllm.state.verbs import LATER, Given, Verbs
+from nanovllm.state.verbs import LATER, Given, Verbs, check_tier
 
 CostOf = Callable[[int, int], float]
 T = TypeVar("T")
 HOST_BYTES, DISK_BYTES = 256 << 20, 4 << 30
-SWEEP_MS = 1_000
 
 
 def free_of_cost(cached: int, new: int) -> float:
@@ -111,7 +111,7 @@ class StateStore:
         self._audit = Audit(self.plane, self._residency)
         self._verbs = Verbs(self.plane, self._naming, self._residency, self._migration, self._bundles, self._audit)
         self._learned = Learned(self.plane, self._naming, identity)
-        self._swept_ms = 0
+        self._is_closed = False
         found = restore(self.plane)
         self.warnings = [*(w for tier in tiers for w in getattr(tier, "warnings", ())), *found]
         for part in parts_of(self.plane, self._residency):
@@ -172,6 +172,7 @@ class StateStore:
 
         Durable puts that come while one is under way share the next group commit.
         """
+        self._check_open()
         return self._naming.begin_put(obj, Metadata.of(metadata), then)
 
     def update_later(
@@ -185,6 +186,7 @@ class StateStore:
         then: Callable[[Pending], None] = lambda pending: None,
     ) -> Pending:
         """Engine: as `update`, without waiting."""
+        self._check_open()
         return self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation, then, kv_namespace)
 
     def get(self, state_id: str, namespace: str | None = None) -> Storable:
@@ -203,7 +205,7 @@ class StateStore:
         """Out of every tier: the text, and the KV that only this object owned.
 
         Nothing can be found from the call on; the receipt comes when the bytes are gone. What a tier fails to
-        remove makes it a refusal, and is tried again by `tick`.
+        remove makes it a refusal, and is tried again by `tick` and by another drop of that id; see `leaving`.
         """
         return self._wait(self._verbs.drop(state_id, namespace, reason))
 
@@ -221,6 +223,7 @@ class StateStore:
         `then` is told its result, or what it raised. Raises what is wrong with the arguments.
         """
         assert verb in LATER, verb
+        self._check_open()
         begin(getattr(self._verbs, verb)(**arguments), then)
 
     # residency
@@ -237,7 +240,8 @@ class StateStore:
 
     def unpin(self, state_id: str, device: str | None = None, namespace: str | None = None) -> Receipt:
         """Give the claim back, in one tier or in all. Not ok where it was not pinned."""
-        return self._residency.unpin(self._verbs.own(state_id, namespace), device)
+        obj = self._verbs.own(state_id, namespace)
+        return self._residency.unpin(obj, None if device is None else check_tier(device, "device"))
 
     # migration
 
@@ -270,7 +274,7 @@ class StateStore:
 
         A `policy` that is not the one in force ranks by each object's last use. Nothing that is held goes.
         """
-        return self._reclaim.evict(policy, bytes, kind, tier)
+        return self._reclaim.evict(policy, bytes, kind, None if tier is None else check_tier(tier, "tier"))
 
     # looking
 
@@ -312,6 +316,10 @@ class StateStore:
         """The object of an id or name, if the caller may see it and it has not expired."""
         return self._verbs.find(state_id, namespace, kind)
 
+    def leaving(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
+        """Dropped objects of that id or name of which a tier still has bytes; empty once all of them are gone."""
+        return self._verbs.leaving(state_id, namespace, kind)
+
     # time
 
     def touch(self, digests: Iterable[bytes], cached: int, new: int, *, hit: bool) -> None:
@@ -338,11 +346,8 @@ class StateStore:
         self.poll()
         self._residency.expire()
         self.plane.pay_debts()
-        now = self.plane.wall_ms()
-        if now - self._swept_ms >= SWEEP_MS:
-            self._swept_ms = now
-            for obj in [o for o in self.plane.catalog.objects.values() if o.expires_ms and now >= o.expires_ms]:
-                self._naming.drop_soon(obj, "expired")
+        for state_id in self.plane.catalog.shelves.expired(self.plane.wall_ms()):
+            self._naming.drop_soon(self.plane.catalog.objects[state_id], "expired")
         if self._residency.is_changed:
             self._residency.is_changed = not self._learned.note(PINS)
         self._learned.rest(is_idle=False)
@@ -360,10 +365,13 @@ class StateStore:
         self.plane.mover.settle()
 
     def close(self) -> None:
-        """Finish what is under way, close the tiers, let the next owner in."""
+        """Finish what is under way, close the tiers, let the next owner in. A second call does nothing."""
+        if self._is_closed:
+            return
         self.settle()
         self._learned.write_all()
         self.settle()
+        self._is_closed = True
         for place in self.plane.places.values():
             place.close()
         self.poll()
@@ -374,7 +382,12 @@ class StateStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineClosedError("This state store was closed.", hint="Open it, or its engine, again.")
+
     def _wait(self, steps: Steps[T]) -> T:
+        self._check_open()
         return finish(self.plane.mover, steps)
 
     def _demote(self, place: Place, entry: Entry) -> str | None:

@@ -48,8 +48,8 @@ class Verbs:
         return self.naming.fork(obj, given)
 
     def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Steps[Receipt]:
-        """Out of every tier."""
-        return self.naming.drop(self.own(state_id, namespace), reason)
+        """Out of every tier, or what is left of an earlier drop."""
+        return self.naming.drop(self._to_drop(state_id, namespace), reason)
 
     def export(self, state_id: str, namespace: str | None = None) -> Steps[bytes]:
         """One bundle."""
@@ -64,15 +64,16 @@ class Verbs:
     ) -> Steps[Receipt]:
         """A claim on residency."""
         obj = self.own(state_id, namespace)
+        check_tier(device, "device")
         return self.residency.pin(obj, device, None if ttl is None else check_ttl(ttl))
 
     def migrate(self, state_id: str, tier: str, namespace: str | None = None) -> Steps[Receipt]:
         """Bytes to a tier."""
-        return self.migration.migrate(self.own(state_id, namespace), tier)
+        return self.migration.migrate(self.own(state_id, namespace), check_tier(tier, "tier"))
 
     def verify(self, tier: str | None = None, *, repair: bool = False) -> Steps[Receipt]:
         """Everything read and checked."""
-        return self.audit.verify(tier, repair)
+        return self.audit.verify(None if tier is None else check_tier(tier, "tier"), repair)
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
         """The object of an id or name, if the caller may see it and it has not expired."""
@@ -90,3 +91,23 @@ class Verbs:
         if namespace not in (None, obj.namespace):
             raise StateNotFoundError(f"There is no state {state_id!r:.80} of yours.", param="state_id")
         return obj
+
+    def leaving(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
+        """Dropped objects of that id or name of which a tier still has bytes."""
+        return self.plane.debts.leaving(state_id, namespace, kind)
+
+    def _to_drop(self, state_id: str, namespace: str | None) -> StateObject:
+        try:
+            return self.own(state_id, namespace)
+        except StateNotFoundError:
+            left = self.leaving(state_id, namespace)
+            if not left:
+                raise
+            return left[0]
+
+
+def check_tier(name: object, param: str) -> str:
+    """A tier's name, which may be none of a tier here. Raises InvalidRequestError where it is no text at all."""
+    if not isinstance(name, str):
+        raise InvalidRequestError(f"{param} is a tier's name, not {shown(name)}.", param=param)
+    return name

@@ -271,6 +271,7 @@ def test_a_server_that_never_was_one_keeps_nobody_from_starting(
         if address == "stranger":
             url = stack.enter_context(_stranger())
         llm = stack.enter_context(LLM(**TINY, state_remote=url + QUICK))
+        assert any("serving goes on without it" in warning for warning in llm.state_store.warnings)
         for _ in range(7):
             forget_device(llm)
             assert llm.generate([PROMPT], GREEDY)[0].token_ids == cold
@@ -324,7 +325,7 @@ def test_what_is_deleted_goes_from_the_server_now_or_when_it_answers_again(
         left = set(one.client.scan_iter())
         assert not ours & left and theirs <= left, "nothing else went"
         assert not any(name.startswith(head + b":") for head in ours for name in left), "its parts neither"
-        assert not store.plane.owed.get("remote") and one.place.writes.state == "closed"
+        assert not store.plane.debts.by_tier["remote"] and one.place.writes.state == "closed"
 
 
 def _name(digest: bytes) -> bytes:

@@ -65,4 +65,11 @@ def test_what_a_tier_did_not_remove_is_not_acknowledged(
         for path in paths:
             answer = live.ask("DELETE", path)
             assert (answer.status, answer.code) == (status, code), answer.body
+            assert live.get(path).status == 404  # nobody finds it, and yet it is not said to be gone
+            again = live.ask("DELETE", path)
+            assert (again.status, again.code) == (status, code), again.body
         monkeypatch.undo()
+        for path in paths:
+            assert live.ask("DELETE", path).status in (200, 404)  # 404: the server's own new try was first
+            assert live.ask("DELETE", path).status == 404
+        assert TEXT[:20].encode() not in bytes_of(tmp_path)

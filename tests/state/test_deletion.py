@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from nanovllm.errors import StateNotFoundError, TierError, TierFullError
 from nanovllm.state.breaker import SECOND
 from nanovllm.state.objects import Session
 from nanovllm.state.store import StateStore
+from nanovllm.state.tiers.disk import QUARANTINE_S
 from nanovllm.state.tiers.ledger import Ledger, Row
 from tests.state.stores import World, check_books
 
@@ -53,10 +55,38 @@ def test_without_room_for_the_ledger_the_text_goes_first(
     assert isinstance(world.clock, VirtualClock)
     world.clock.advance(31 * SECOND)
     store.tick()  # what was owed is tried again
-    assert not store.plane.owed.get("disk") and b"vault" not in bytes_of(tmp_path)
+    assert not store.plane.debts.by_tier["disk"] and b"vault" not in bytes_of(tmp_path)
     store.close()
     with world.open() as again:
         assert not again.ls() and not again.warnings
+
+
+@pytest.mark.parametrize("called", ["id", "name"])
+def test_a_second_drop_tries_what_the_first_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str
+) -> None:
+    with World(tmp_path / "state", host_bytes=0).open() as store:
+        kept = store.put(talk(), {"kind": "session", "name": "vault", "namespace": "a"})
+        disk = store.plane.places["disk"].tier
+
+        def fail(keys: object, *, scrub: bool = False) -> None:
+            raise TierError("The disk is broken.")
+
+        monkeypatch.setattr(disk, "drop", fail)
+        name = str(kept) if called == "id" else "vault"
+        for _ in range(2):
+            assert not store.drop(name, namespace="a").ok
+            with pytest.raises(StateNotFoundError):
+                store.get(name, namespace="a")
+        with pytest.raises(StateNotFoundError):
+            store.drop(name, namespace="b")  # another tenant is not told that there was anything
+        assert [str(obj.state_id) for obj in store.leaving(name)] == [kept] and not store.leaving(name, "b")
+        monkeypatch.undo()
+        assert store.drop(name, namespace="a").ok and not store.leaving(name)
+        assert b"vault" not in bytes_of(tmp_path)
+        with pytest.raises(StateNotFoundError):
+            store.drop(name, namespace="a")
+        check_books(store)
 
 
 def test_no_name_of_a_removed_object_stays_in_the_ledger(tmp_path: Path) -> None:
@@ -109,3 +139,14 @@ def test_a_damaged_text_goes_from_the_quarantine_with_its_object(tmp_path: Path)
     assert store.drop(kept).ok
     assert TEXT[:20].encode() not in bytes_of(tmp_path)
     store.close()
+
+
+def test_what_was_set_aside_stays_for_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "state", host_bytes=0)
+    damaged(world)[0].close()  # and after this start nobody knows the object any more
+    world.open().close()
+    assert TEXT[:20].encode() in bytes_of(tmp_path / "state" / "quarantine")
+    later = time.time() + QUARANTINE_S + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    world.open().close()
+    assert TEXT[:20].encode() not in bytes_of(tmp_path)

@@ -96,6 +96,14 @@ def test_arguments_of_verbs_are_refused_by_name() -> None:
         with pytest.raises(InvalidRequestError) as caught:
             store.evict(bytes=bad)  # type: ignore[arg-type]
         assert caught.value.param == "bytes"
+    verbs = {"device": (store.pin, store.unpin), "tier": (store.migrate,)}
+    calls = [(param, lambda bad, verb=verb: verb(state_id, bad)) for param in verbs for verb in verbs[param]]
+    calls += [("tier", lambda bad: store.verify(bad)), ("tier", lambda bad: store.evict(tier=bad))]
+    for param, call in calls:
+        for wrong in (5, ["disk"], {"disk": 1}):
+            with pytest.raises(InvalidRequestError) as caught:
+                call(wrong)
+            assert caught.value.param == param
     assert store.get(state_id) == "text" and store.find(state_id).generation == 1
 
 

@@ -137,6 +137,14 @@ def test_time_to_live_and_a_pins_time(tmp_path: Path) -> None:
     store.tick()
     assert not store.explain(long).facts["pins"]
     assert [receipt.reason for receipt in store.explain(long).receipts][-1] == "its time is over"
+    store.update(long, "longer")
+    renewed, never = store.put("renewed", {"ttl": 20}), store.put("never")
+    world.wall.ms += 15_000
+    store.update(renewed, "renewed", namespace="default")  # its time begins anew
+    world.wall.ms += 15_000
+    store.tick()
+    assert [obj.state_id for obj in store.ls()] == [long, renewed, never]
+    store.drop(never)
     store.close()
     world.wall.ms += 100_000  # it ends while nobody runs
     store = world.open()

@@ -3,13 +3,14 @@
     LOCK SCHEMA ledger.sqlite kv/*.seg texts/<key> quarantine/<key>.bad
 
 What it is: the two ways of keeping bytes on a disk behind the tier protocol, their common bound, and the
-quarantine. What it knows nothing about: objects, policies. Invariants: the files together stay within
-`size_bytes` (the quota that the store fills is 80 % of it: the rest is room for dead frames and for
-rewriting them); a folder that was damaged opens with what is sound in it.
+quarantine, which keeps what was damaged for a week at most. What it knows nothing about: objects, policies.
+Invariants: the files together stay within `size_bytes` (the quota that the store fills is 80 % of it: the rest is room
+for dead frames and for rewriting them); a folder that was damaged opens with what is sound in it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from nanovllm.state.tiers.tier import Found, Item, total_bytes
 
 LIVE_SHARE = 0.8
 MIN_SEGMENT, MAX_SEGMENT = 1 << 16, 256 << 20
-QUARANTINE_BYTES = 64 << 20
+QUARANTINE_BYTES, QUARANTINE_S = 64 << 20, 7 * 86_400  # the objects that it was of are often gone
 
 
 class DiskTier:
@@ -92,6 +93,9 @@ class DiskTier:
 
     def scan(self) -> Iterator[Found]:
         """Everything that survived."""
+        if not self.read_only:
+            with suppress(TierError):
+                self._bound_quarantine()
         yield from self.files.recover(self._rows)
         counts = self.files.counts
         if counts.missing or counts.damaged:
@@ -181,11 +185,11 @@ class DiskTier:
 
     def _bound_quarantine(self) -> None:
         with io_errors("quarantine", "bound"):
-            files = sorted(self._quarantine.path.iterdir(), key=lambda file: file.lstat().st_mtime_ns, reverse=True)
-            total = 0
+            files = sorted(self._quarantine.path.iterdir(), key=lambda file: file.lstat().st_ctime_ns, reverse=True)
+            total, oldest = 0, time.time() - QUARANTINE_S
             for file in files:
                 total += file.lstat().st_size
-                if total > QUARANTINE_BYTES:
+                if total > QUARANTINE_BYTES or file.lstat().st_ctime < oldest:
                     file.unlink()
 
     def _writable(self) -> None:

@@ -59,12 +59,9 @@ class Ownership:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
+            holder = os.pread(fd, 64, 0)
             os.close(fd)
-            raise StateFolderError(
-                f"The state folder {path} is in use by process {holder or 'unknown'}.",
-                hint="Stop it, ask it over HTTP, or open the folder read-only.",
-            ) from None
+            raise _in_use(path, holder) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         (path / ADDRESS_FILE).unlink(missing_ok=True)  # the last owner's
@@ -99,6 +96,16 @@ def is_owned(path: Path) -> bool:
     return False
 
 
+def check_takeable(path: Path) -> None:
+    """Before much work is done for it: whether the folder could be taken now. Changes nothing.
+
+    Raises StateFolderError where it is foreign, of another schema or in use.
+    """
+    with contextlib.suppress(OSError):  # whoever takes it will tell
+        if path.is_dir() and _has_schema(path, read_only=False) and is_owned(path):
+            raise _in_use(path, (path / LOCK_FILE).read_bytes()[:64])
+
+
 def note_address(path: Path, url: str) -> None:
     """Owner: write down where it answers. Without the note, others must be told; that is no reason to fail."""
     with contextlib.suppress(OSError):
@@ -115,6 +122,14 @@ def address_of(path: Path) -> str | None:
         return None
     with open(fd, encoding="utf-8", errors="replace") as file:
         return file.read(MAX_ADDRESS).strip() or None
+
+
+def _in_use(path: Path, holder: bytes) -> StateFolderError:
+    process = holder.decode(errors="replace").strip() or "unknown"
+    return StateFolderError(
+        f"The state folder {path} is in use by process {process}.",
+        hint="Stop it, ask it over HTTP, or open the folder read-only.",
+    )
 
 
 def _has_schema(path: Path, read_only: bool) -> bool:

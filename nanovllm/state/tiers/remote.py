@@ -50,6 +50,7 @@ class RemoteTier:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self._mac_key, self._ttl_s = mac_key, ttl_s
+        self.warnings: list[str] = []
         self._part_bytes, self._max_parts = part_bytes, -(-max_bytes // part_bytes)
         try:
             self._client = redis.Redis.from_url(
@@ -99,7 +100,12 @@ class RemoteTier:
                 self._client.unlink(*names)
 
     def scan(self) -> Iterator[Found]:
-        """What a server holds is asked for key by key."""
+        """What a server holds is asked for key by key; one that does not answer now is a warning."""
+        try:
+            with _server_errors():
+                self._client.ping()
+        except TierError as error:
+            self.warnings.append(f"{error.message} It is tried again from time to time; serving goes on without it.")
         return iter(())
 
     def quarantine(self, key: bytes, sealed: bytes | None) -> None:

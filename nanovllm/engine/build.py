@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import torch
@@ -25,6 +26,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parts import EngineParts
 from nanovllm.engine.policy import SchedulingPolicy
+from nanovllm.engine.prefault import prefaulting
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.interface import Kernels
@@ -34,6 +36,7 @@ from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.quantised import QuantisedWeights, in_eight_bits
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.models.weights import WeightSource
+from nanovllm.state.tiers.ownership import check_takeable
 
 logger = logging.getLogger("nanovllm")
 
@@ -42,6 +45,8 @@ SAMPLE = "model.layers.0.mlp.down_proj.weight"  # stands for all linears where t
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
     """Load the model and assemble its engine. Raises the errors of models, config and memory."""
+    if config.state_dir is not None:
+        check_takeable(Path(config.state_dir))
     set_threads(config.num_threads)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -90,26 +95,31 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
 def _build_runner(
     config: EngineConfig, loaded: LoadedModel, device: torch.device, dtype: torch.dtype
 ) -> tuple[ModelRunner, PoolSize]:
+    """The pool is sized first, by what the weights will leave, and made ready while they are loaded."""
     try:
         kernels = choose_kernels(config.kernels, device)
-        _check_memory(loaded, kernels, dtype, device)
-        with torch.inference_mode():
+        size = _size_pool(config, loaded, dtype, _free_beside_weights(config, loaded, kernels, dtype, device))
+        tier = DeviceTier(size, dtype, device)
+        with torch.inference_mode(), prefaulting(tier.pool):
             model = ARCHITECTURES[loaded.config.architecture](loaded.config, loaded.weights, kernels, dtype, device)
     finally:
         loaded.weights.close()
+    logger.info("%s; prefix_mode %s; kernels %s", size, config.prefix_mode, kernels.name)
+    _log_quantization(loaded.weights, kernels, dtype)
+    return ModelRunner(model, tier, device), size
+
+
+def _size_pool(config: EngineConfig, loaded: LoadedModel, dtype: torch.dtype, free_bytes: int) -> PoolSize:
     useful = config.max_num_seqs * min(config.max_model_len or 2**62, loaded.config.max_position_embeddings)
-    size = size_pool(
+    return size_pool(
         loaded.config,
         config.block_size,
         dtype.itemsize,
         budget_bytes=config.kv_memory_bytes,
         num_blocks=config.num_blocks,
-        free_bytes=free_memory(device, config.gpu_memory_utilization),
+        free_bytes=free_bytes,
         useful_tokens=useful,
     )
-    logger.info("%s; prefix_mode %s; kernels %s", size, config.prefix_mode, kernels.name)
-    _log_quantization(loaded.weights, kernels, dtype)
-    return ModelRunner(model, DeviceTier(size, dtype, device), device), size
 
 
 def free_memory(device: torch.device, gpu_share: float = 1.0) -> int:
@@ -120,7 +130,10 @@ def free_memory(device: torch.device, gpu_share: float = 1.0) -> int:
     return psutil.virtual_memory().available
 
 
-def _check_memory(loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
+def _free_beside_weights(
+    config: EngineConfig, loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype, device: torch.device
+) -> int:
+    """What a pool may take. Raises OutOfMemoryError where not even the weights find room."""
     need, free = weight_bytes(loaded, kernels, dtype), free_memory(device)
     if need > free:
         raise OutOfMemoryError(
@@ -128,6 +141,7 @@ def _check_memory(loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype, dev
             param="model",
             hint="Use dtype='bfloat16', a smaller model, or a machine with more memory.",
         )
+    return max(0, free_memory(device, config.gpu_memory_utilization) - need)
 
 
 def weight_bytes(loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype) -> int:

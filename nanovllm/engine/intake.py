@@ -86,14 +86,18 @@ class Intake:
     def _checked_ids(self, ids: object) -> list[int]:
         if not isinstance(ids, Seq):
             raise InvalidRequestError(f"A segment is text or token ids, not {type(ids).__name__}.", param="prompt")
+        are_plain = set(map(type, ids)) <= {int}  # then nothing is to be asked of each: 30 ms of 2,400 otherwise
         for token_id in ids:
-            whole = isinstance(token_id, SupportsIndex) and not isinstance(token_id, bool)  # numpy's integers too
-            if not whole or not 0 <= index(token_id) < self.vocab_size:
+            if not (are_plain or _is_whole(token_id)) or not 0 <= index(token_id) < self.vocab_size:
                 raise InvalidRequestError(
                     f"{shown(token_id)} is no token id of this model: they run from 0 to {self.vocab_size - 1}.",
                     param="prompt",
                 )
         return [index(token_id) for token_id in ids]
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, SupportsIndex) and not isinstance(number, bool)  # numpy's integers too
 
 
 def check_labels(

@@ -150,11 +150,17 @@ def test_aborted_while_it_loads_from_disk(cold: list[int], tmp_path: Path) -> No
         assert llm.generate([PROMPT], GREEDY)[0].token_ids == cold
 
 
-def test_a_folder_has_one_owner_and_a_closed_engine_no_store(tmp_path: Path) -> None:
+def test_a_folder_has_one_owner_and_a_closed_engine_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(**TINY, state_dir=str(tmp_path)) as llm:
-        assert llm.state_store.ls() == []
-        with pytest.raises(StateFolderError):
+        store = llm.state_store
+        kept = store.put("text")
+        with monkeypatch.context() as patched, pytest.raises(StateFolderError, match="in use by process"):
+            patched.delattr("nanovllm.engine.build.load_model_files")  # refused before anything is loaded
             LLM(**TINY, state_dir=str(tmp_path))
+    for verb in (lambda: store.put("text"), lambda: store.get(kept), lambda: store.put_later("text")):
+        with pytest.raises(EngineClosedError):
+            verb()
+    store.close()
     with pytest.raises(EngineClosedError):
         llm.state_store  # noqa: B018
     with LLM(**TINY, state_dir=str(tmp_path)):

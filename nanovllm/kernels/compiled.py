@@ -34,8 +34,7 @@ from nanovllm.kernels.interface import (
 from nanovllm.kernels.large_pages import LargePages
 from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel
-from nanovllm.kernels.whole_decoder import WholeDecoder as CompiledDecoder
-from nanovllm.kernels.whole_decoder import can_take
+from nanovllm.kernels.whole_decoder import CompiledDecoder, can_take
 
 LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
 LONG_CHUNK = 32  # tokens from which on AMX may pay; not measured

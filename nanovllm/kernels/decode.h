@@ -115,4 +115,3 @@ INLINE void attend_unit(const step_args *a, int64_t item, int64_t g, const int h
         else sum_values(&u, i, out, dim + 2, heads, (int)((dim - i) / LANES));
     }
 }
-

@@ -109,7 +109,7 @@ static void prepare(const grouped_args *a, float *x, float *x_sums) {
     }
 }
 
-INLINE uvec words_at(const uint8_t *p) {
+INLINE uvec codes_at(const uint8_t *p) {
     hvec h;
     memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, uvec);
@@ -124,7 +124,7 @@ INLINE void products(const grouped_work *w, int64_t output, vec *total, const in
     for (int r = 0; r < rows; r++) total[r] = every(0);
     for (int64_t k = 0; k < in; k += WORDS * parts, codes += RUN)
         for (int lane = 0; lane < WORDS; lane += LANES) {
-            uvec words = words_at(codes + 2 * lane);
+            uvec words = codes_at(codes + 2 * lane);
             for (int j = 0; j < parts; j++) {
                 uvec code = (words >> (bits * j)) & ((1u << bits) - 1);
                 int64_t group = k / GROUP + (bits == 4 ? j % 2 : 0);

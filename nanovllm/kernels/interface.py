@@ -109,7 +109,7 @@ class Kernels(Protocol):
         """A function x [N, in] -> [N, out] over `weight` [out, in], packed as this kernel set likes it.
 
         `grouped` gives the same weight before it was rounded to `weight`'s type, where a quantised file has it. The
-        results are of `weight`'s type, or with `is_head` in float32 for as many rows as come so for nothing.
+        results are of `weight`'s type; those of a head (`is_head`) may be in float32, where the kernel has them so.
         """
         ...
 

@@ -68,7 +68,7 @@ def can_take(layers: Sequence[DecoderLayer], head: Linear) -> bool:
     return are_ours and all(layer.q_norm is None and layer.k_norm is None for layer in layers)
 
 
-class WholeDecoder:
+class CompiledDecoder:
     """Steps whose attention is all our own. Keeps the layers alive that it points into."""
 
     def __init__(

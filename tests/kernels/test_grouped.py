@@ -22,7 +22,7 @@ from nanovllm.kernels.grouped_weight import GROUP, GroupedWeight
 from nanovllm.kernels.large_pages import LargePages
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.panel_linear import PanelLinear
-from nanovllm.kernels.whole_decoder import WholeDecoder
+from nanovllm.kernels.whole_decoder import CompiledDecoder
 from nanovllm.models.gguf_groups import grouped_rows
 
 
@@ -118,7 +118,7 @@ def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str) -> None:
         together = llm.generate(prompts, params)
         whole, model.whole = model.whole, None
         one_by_one = llm.generate(prompts, params)
-    assert isinstance(whole, WholeDecoder) == isinstance(model.head, GroupedLinear | PanelLinear)
+    assert isinstance(whole, CompiledDecoder) == isinstance(model.head, GroupedLinear | PanelLinear)
     for a, b in zip(together, one_by_one, strict=True):
         assert a.token_ids == b.token_ids and a.completions[0].logprobs == b.completions[0].logprobs
 

@@ -32,12 +32,23 @@ STATE_LOADS = ("auto", "always", "never")
 LOGGED_CALLS = ("can_allocate", "allocate", "deallocate")
 LIMITS = {"event_capacity": 2**24, "num_blocks": 2**22, "num_threads": os.cpu_count() or 1}
 SERVER_TABLE = "server"  # the table of a settings file that nanovllm.serve.config reads
+ADDRESSES = ("state_remote",)  # may hold a password: `masked` before they are shown
 ALIASES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_ADDRESS = re.compile(r"(\w+://)([^@/?]*@)?((?:[\w.-]+|\[[\da-fA-F:]+\])?(?::\d+)?(?:/[^@?]*)?)(\?.*)?")
 
 
-def _setting(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _setting(default: Any, help_text: str, *, is_shown: bool = True) -> Any:
+    return field(default=default, repr=is_shown, metadata={"help": help_text})
+
+
+def masked(address: str) -> str:
+    """An address as it may be shown: user, password and query are stars, and one that is none is not shown at all."""
+    parts = _ADDRESS.fullmatch(address)
+    if parts is None:
+        return "set"
+    scheme, user, place, query = parts.groups()
+    return f"{scheme}{'***@' if user else ''}{place}{'?***' if query else ''}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,9 @@ class EngineConfig:
     state_disk_quota: int | str = _setting("4GiB", "how much the state folder may hold")
     state_tenant_objects: int = _setting(10_000, "objects of one kind that one tenant may keep")
     state_tenant_bytes: int | str = _setting("1GiB", "text, messages and token ids of one kind, of one tenant")
-    state_remote: str | None = _setting(None, "a Valkey or Redis server that engines share, such as redis://host:6379")
+    state_remote: str | None = _setting(
+        None, "a Valkey or Redis server that engines share, such as redis://host:6379", is_shown=False
+    )
     state_remote_key_file: str | None = _setting(None, "file of the secret that signs what lies on that server")
     state_load: str = _setting("auto", "auto: bring KV up where that is cheaper than computing; always or never")
     seed: int = _setting(0, "seed of requests that bring none, and of tiny:random weights")

@@ -2,7 +2,7 @@
 
 What it is: the verb, its flags and what it prints. What it knows nothing about: how
 requests are served. Invariants: bad settings, a taken port and a missing key are heard
-of before torch is imported; every setting is shown with its source, no key ever is;
+of before torch is imported; every setting is shown with its source, no key or password ever is;
 stdout gets the address and how to try it, stderr the rest.
 """
 
@@ -20,7 +20,7 @@ import typer
 from nanovllm.cli.flags import ENGINE_PANEL, Verb, make_flag, setting_flag, with_flags
 from nanovllm.cli.run import MODEL_HELP
 from nanovllm.cli.terminal import note, show_log
-from nanovllm.config import EngineConfig, parse_setting
+from nanovllm.config import ADDRESSES, EngineConfig, masked, parse_setting
 from nanovllm.errors import ModelFileError, UnsupportedModelError
 from nanovllm.serve.config import LIMIT_PREFIX, Limits, ServerConfig, load, setting_fields
 from nanovllm.serve.config import parse_setting as parse_server_setting
@@ -196,6 +196,8 @@ def _show(settings: Settings, *, quiet: bool) -> None:
 def _shown(f: Field[Any], value: Any) -> str:
     if f.metadata.get("secret"):
         return "not set" if not value else f"{len(value)} set" if isinstance(value, tuple) else "set"
+    if f.name in ADDRESSES and value:
+        return masked(value)
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
     if value is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.flags import Setup, flag_of
 from nanovllm.cli.terminal import note, show_log, write_answer
-from nanovllm.config import EngineConfig
+from nanovllm.config import ADDRESSES, EngineConfig, masked
 from nanovllm.core.sampling_params import SamplingParams
 from nanovllm.errors import ModelFileError, UnsupportedModelError
 from nanovllm.observe.lifecycle import LifecycleLog
@@ -75,8 +75,9 @@ def _recorder(llm: LLM, setup: Setup, verb: str) -> JsonlWriter:
 
 
 def command_of(verb: str, model: str, setup: Setup) -> str:
-    """The verb and the settings that were given: what was run, without what was asked."""
-    settings = [f"{flag_of(name)} {value}" for name, value in setup.settings.items()]
+    """The verb and the settings that were given: what was run, without what was asked or a password."""
+    given = {name: masked(value) if name in ADDRESSES else value for name, value in setup.settings.items()}
+    settings = [f"{flag_of(name)} {value}" for name, value in given.items()]
     return " ".join(["nanovllm", verb, model, *settings])
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm.cli.flags import Setup
+from nanovllm.cli.session import command_of
 from nanovllm.observe.recording import read_recording
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -124,6 +126,12 @@ def test_a_recording_says_what_ran_and_is_read_back(nanovllm: Run, tmp_path: Pat
     assert recording.end is not None and recording.end.processor_ns > 0 and not recording.remarks
     assert len(recording.steps) == 3 and all(step.block_ns and len(step.block_ns) == 4 for step in recording.steps)
     assert {event.action for event in recording.blocks} == {"stored"} and "hello" not in file.read_text()
+
+
+def test_the_command_of_a_recording_has_no_password() -> None:
+    setup = Setup({"num_blocks": 64, "state_remote": "redis://:the-secret@host:6379"})
+    shown = "nanovllm run m --num-blocks 64 --state-remote redis://***@host:6379"
+    assert command_of("run", "m", setup) == shown
 
 
 def test_block_calls_are_logged_one_by_one(nanovllm: Run) -> None:

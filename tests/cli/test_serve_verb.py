@@ -73,6 +73,7 @@ def test_every_setting_is_shown_with_its_source(tmp_path: Path) -> None:
     path.write_text("max_num_seqs = 8\n[server]\nttft_slo = 12\n[server.limits]\nn = 2\n")
     started = ServerProcess(
         "--config", str(path), "--max-queued-requests", "7", "--api-key", "bob:the-secret",
+        "--state-remote", "redis://:the-secret@127.0.0.1:9/0",
         NANOVLLM_BLOCK_SIZE="32", NANOVLLM_ADMIN_KEY="the-admin-secret",
     )  # fmt: skip
     try:
@@ -91,6 +92,7 @@ def test_every_setting_is_shown_with_its_source(tmp_path: Path) -> None:
         "model": ["tiny:random", "flag"], "port": ["0", "flag"], "max_num_seqs": ["8", "file"],
         "block_size": ["32", "environment"], "ttft_slo": ["12", "file"], "limit_n": ["2", "file"],
         "max_queued_requests": ["7", "flag"], "api_key": ["1 set", "flag"], "admin_key": ["set", "environment"],
+        "state_remote": ["redis://***@127.0.0.1:9/0", "flag"],
         "host": ["127.0.0.1", "default"], "limit_body_bytes": ["8388608", "default"],
     }  # fmt: skip
     assert {name: rows[name] for name in expected} == expected

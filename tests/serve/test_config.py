@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from nanovllm.config import EngineConfig
-from nanovllm.errors import ConfigError
+from nanovllm.config import EngineConfig, masked
+from nanovllm.errors import ConfigError, TierError
 from nanovllm.serve.config import Limits, ServerConfig, load, parse_setting, setting_fields
 from nanovllm.serve.listener import check_exposure
 from nanovllm.serve.tenants import Tenants
+from nanovllm.state.tiers.remote import RemoteTier
 
 FILE = """
 block_size = 32
@@ -113,6 +114,30 @@ def test_keys_are_not_shown() -> None:
     assert "the-" not in repr(config)
     with pytest.raises(ConfigError) as refused:
         ServerConfig(api_key=("the-key", 1))  # type: ignore[arg-type]
+    assert "the-key" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("redis://host:6379/1", "redis://host:6379/1"),
+        ("redis://:the-key@host:6379", "redis://***@host:6379"),
+        ("rediss://user:the-key@[::1]:6379/0?db=1", "rediss://***@[::1]:6379/0?***"),
+        ("redis://host?password=the-key", "redis://host?***"),
+        ("redis://:a/the-key@host", "set"),
+        ("redis://:a@the-key@host", "set"),
+        (":the-key@host", "set"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(address: str, shown: str) -> None:
+    assert masked(address) == shown
+    assert "the-key" not in repr(EngineConfig(state_remote=address))
+
+
+@pytest.mark.parametrize("address", ["redis://:a/the-key@host", "http://:the-key@host", "redis://:the-key[@host"])
+def test_a_remote_address_that_cannot_be_used_is_not_quoted(address: str) -> None:
+    with pytest.raises(TierError, match="address cannot be used") as refused:
+        RemoteTier(address)
     assert "the-key" not in str(refused.value)
 
 

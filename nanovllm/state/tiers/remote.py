@@ -27,6 +27,7 @@ from nanovllm.state.tiers.tier import Found, Item
 
 PART_BYTES, MAX_BYTES = 4 << 20, 64 << 20
 MAC_BYTES = 32
+ADDRESS = "It is like redis://HOST:6379 or rediss://:PASSWORD@HOST:6379/0; in a password, / ? # @ are written as %2F..."
 _COUNT = struct.Struct("<I")
 
 
@@ -56,8 +57,8 @@ class RemoteTier:
             self._client = redis.Redis.from_url(
                 url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None, health_check_interval=0
             )
-        except (ValueError, redis.RedisError) as error:
-            raise TierError(f"The remote tier's address cannot be used: {error}.") from error
+        except (ValueError, redis.RedisError):  # what they say may quote the password
+            raise TierError("The remote tier's address cannot be used.", hint=ADDRESS) from None
 
     def write(self, items: Sequence[Item]) -> None:
         """One round trip. The head is written last, so that a reader never finds it without its parts."""

@@ -89,12 +89,12 @@ class Metadata:
             raise InvalidRequestError(f"kind must be one of {', '.join(KINDS)}, not {shown(self.kind)}.", param="kind")
         for key in ("name", "version"):
             if getattr(self, key) is not None:
-                check_name(getattr(self, key), key)
+                self._take(key, check_name(getattr(self, key), key))
         if self.version is not None and self.name is None:
             raise InvalidRequestError("A version needs a name.", param="version", hint="Give name, too.")
-        check_namespace(self.namespace)
+        self._take("namespace", check_namespace(self.namespace))
         if self.kv_namespace is not None:
-            check_namespace(self.kv_namespace)
+            self._take("kv_namespace", check_namespace(self.kv_namespace))
         if self.ttl is not None:
             check_ttl(self.ttl)
         if self.durable not in (None, True, False):
@@ -112,6 +112,10 @@ class Metadata:
                     f"metadata has no {shown(key)}.", param="metadata", hint=f"Known: {', '.join(known)}."
                 )
         return cls(**(given or {}))
+
+    def _take(self, key: str, value: str) -> None:
+        """A plain str, whatever subclass came: an id may be a name, and only a str is written."""
+        object.__setattr__(self, key, value)
 
 
 class StateObject(msgspec.Struct, kw_only=True):
@@ -215,7 +219,7 @@ def check_name(name: object, param: str) -> str:
         raise InvalidRequestError(
             f"{param} must be 1 to {MAX_NAME} printable characters without '@', not {shown(name)}.", param=param
         )
-    return name
+    return str(name)
 
 
 def check_namespace(namespace: object) -> str:
@@ -225,7 +229,7 @@ def check_namespace(namespace: object) -> str:
             f"namespace must be 1 to {MAX_NAME} printable characters without @, / and \\, not {shown(namespace)}.",
             param="namespace",
         )
-    return namespace
+    return str(namespace)
 
 
 def check_ttl(ttl: object) -> float:

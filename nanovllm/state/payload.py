@@ -7,6 +7,7 @@ TypeError, one too large an InvalidRequestError that names the limit; decoding r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ def _text(text: object) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError("The text holds lone surrogates, which UTF-8 cannot write.", param="obj") from error
-    return text
+    return str(text)
 
 
 def _messages(messages: object) -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ def _plain(value: Any, depth: int) -> Any:
         raise InvalidRequestError(f"A message is nested deeper than {MAX_DEPTH}.", param="obj")
     if isinstance(value, str):
         return _text(value)
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple):
         return [_plain(part, depth - 1) for part in value]

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from nanovllm.core.clock import Clock, MonotonicClock
 from nanovllm.core.digest import Digest, root_digest
-from nanovllm.errors import EngineClosedError
+from nanovllm.errors import EngineClosedError, InvalidRequestError, shown
 from nanovllm.state.audit import Audit
 from nanovllm.state.bundle import Bundles
 from nanovllm.state.catalog import Entry
@@ -109,7 +109,7 @@ class StateStore:
         self._naming.let_go = self._residency.release_all
         self._bundles = Bundles(self.plane, self._naming, self._migration)
         self._audit = Audit(self.plane, self._residency)
-        self._verbs = Verbs(self.plane, self._naming, self._residency, self._migration, self._bundles, self._audit)
+        self._all_verbs = Verbs(self.plane, self._naming, self._residency, self._migration, self._bundles, self._audit)
         self._learned = Learned(self.plane, self._naming, identity)
         self._is_closed = False
         found = restore(self.plane)
@@ -200,6 +200,7 @@ class StateStore:
     def fork(self, state_id: str, metadata: Given = None, namespace: str | None = None) -> StateId:
         """A second object that begins as the first; it shares its KV and goes its own way."""
         return self._wait(self._verbs.fork(state_id, metadata, namespace))
+        self._check_open()
 
     def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Receipt:
         """Out of every tier: the text, and the KV that only this object owned.
@@ -223,7 +224,6 @@ class StateStore:
         `then` is told its result, or what it raised. Raises what is wrong with the arguments.
         """
         assert verb in LATER, verb
-        self._check_open()
         begin(getattr(self._verbs, verb)(**arguments), then)
 
     # residency
@@ -256,14 +256,17 @@ class StateStore:
     def load(self, blocks: Sequence[KVBlock], then: Callable[[Load], None] = lambda load: None) -> Load:
         """Engine: begin to read blocks; told when every tier has answered or is over its deadline."""
         return self._migration.load(blocks, then)
+        self._check_open()
 
     def lookup(self, blocks: Sequence[KVBlock]) -> list[Transfer]:
         """Engine: ask shared tiers for blocks that nobody here has."""
         return self._migration.lookup(blocks)
+        self._check_open()
 
     # reclaim
 
     def evict(
+        self._check_open()
         self,
         policy: str | None = None,
         bytes: int | None = None,
@@ -279,7 +282,9 @@ class StateStore:
     # looking
 
     def verify(self, tier: str | None = None, *, repair: bool = False) -> Receipt:
-        """Read and check everything. Not ok where something is damaged; with `repair` that is set aside."""
+        self._check_open()
+        """Read and check everything, of one tier or of all. Not ok where something is damaged; with `repair` that is
+        set aside. Raises InvalidRequestError where there is no such tier."""
         return self._wait(self._verbs.verify(tier, repair=repair))
 
     def explain(self, state_id: str, namespace: str | None = None) -> Explanation:
@@ -304,16 +309,21 @@ class StateStore:
     def holdings(self, namespace: str, kind: str) -> dict[str, int]:
         """How many objects of a kind a tenant has and the bytes of what they hold; and what more would be taken now."""
         objects, size = self.plane.catalog.holds(namespace, kind)
+        self._check_open()
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise InvalidRequestError(f"limit must be a number from 0 up, not {shown(limit)}.", param="limit")
         objects_left, bytes_left = self._naming.storing.room(namespace, kind)
         return {"objects": objects, "bytes": size, "objects_left": objects_left, "bytes_left": bytes_left}
 
     def top(self) -> dict[str, Any]:
+        self._check_open()
         """Counters and bytes of each tier."""
         tiers = {name: place.facts() for name, place in self.plane.places.items()}
         return {"objects": len(self.plane.catalog.objects), "transfers": self.plane.mover.num_pending, "tiers": tiers}
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
         """The object of an id or name, if the caller may see it and it has not expired."""
+        self._check_open()
         return self._verbs.find(state_id, namespace, kind)
 
     def leaving(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
@@ -387,6 +397,12 @@ class StateStore:
             raise EngineClosedError("This state store was closed.", hint="Open it, or its engine, again.")
 
     def _wait(self, steps: Steps[T]) -> T:
+    @property
+    def _verbs(self) -> Verbs:
+        """Raises EngineClosedError."""
+        self._check_open()
+        return self._all_verbs
+
         self._check_open()
         return finish(self.plane.mover, steps)
 

@@ -57,7 +57,9 @@ class Verbs:
 
     def import_(self, bundle: bytes, metadata: Given = None) -> Steps[StateId]:
         """A bundle taken in."""
-        return self.bundles.import_(bundle, Metadata.of(metadata))
+        if not isinstance(bundle, bytes | bytearray | memoryview):
+            raise InvalidRequestError(f"bundle is what export gave, not {shown(bundle)}.", param="bundle")
+        return self.bundles.import_(bytes(bundle), Metadata.of(metadata))
 
     def pin(
         self, state_id: str, device: str = "gpu", ttl: float | None = None, namespace: str | None = None
@@ -72,8 +74,11 @@ class Verbs:
         return self.migration.migrate(self.own(state_id, namespace), check_tier(tier, "tier"))
 
     def verify(self, tier: str | None = None, *, repair: bool = False) -> Steps[Receipt]:
-        """Everything read and checked."""
-        return self.audit.verify(None if tier is None else check_tier(tier, "tier"), repair)
+        """Everything read and checked, of one tier or of all. Raises InvalidRequestError where there is no such tier."""
+        if tier is not None and check_tier(tier, "tier") not in self.plane.places:
+            there = f"There are {', '.join(self.plane.places)}."
+            raise InvalidRequestError(f"There is no tier {tier!r:.60} to verify.", param="tier", hint=there)
+        return self.audit.verify(tier, repair)
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
         """The object of an id or name, if the caller may see it and it has not expired."""

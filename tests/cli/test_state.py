@@ -64,6 +64,7 @@ def through_every_verb(ask: Ask, tmp_path: Path) -> None:
     assert ask("import", bundle, "--name", "twin")["action"] == "import"
     assert ask("show", "twin")["content"] == {"text": "The library opens at 8."}
     assert ask("verify")["reason"].endswith(" sound, 0 not")
+    assert "There is no tier 'dsik' to verify" in ask("verify", "--tier", "dsik", code=2)
     assert ask("top")["objects"] == 4 and ask("top")["tiers"]["disk"]["by_kind"]["knowledge"] > 0
     assert "Refused: " in ask("evict", "--kind", "session", "--tier", "disk", code=1)  # the last copies of texts
     for name in ("library", "talk", "other", "twin"):

@@ -167,6 +167,7 @@ def test_a_query_that_is_not_known_is_refused(live: LiveServer, query: str) -> N
         (f"{OBJECTS}/nobody/migrate", {}, 400, "invalid_request"),
         ("/state/evict", {"bytes": 0}, 400, "invalid_request"),
         ("/state/evict", {"policy": "magic"}, 400, "invalid_config"),
+        ("/state/verify", {"tier": "dsik"}, 400, "invalid_request"),
         ("/state/nothing", {}, 404, "not_found"),
     ],
 )

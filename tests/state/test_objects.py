@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import EngineClosedError, InvalidRequestError
 from nanovllm.state.objects import Metadata, Session, check_state_id, check_tokens, new_state_id
 from nanovllm.state.payload import decode, encode, object_of, payload_of
 from nanovllm.state.receipts import MAX_RECEIPTS, PER_OBJECT, History, Receipt
@@ -99,12 +99,48 @@ def test_arguments_of_verbs_are_refused_by_name() -> None:
     verbs = {"device": (store.pin, store.unpin), "tier": (store.migrate,)}
     calls = [(param, lambda bad, verb=verb: verb(state_id, bad)) for param in verbs for verb in verbs[param]]
     calls += [("tier", lambda bad: store.verify(bad)), ("tier", lambda bad: store.evict(tier=bad))]
+    calls += [("bundle", store.import_), ("limit", lambda bad: store.ls(limit=bad))]
     for param, call in calls:
-        for wrong in (5, ["disk"], {"disk": 1}):
+        for wrong in (-5, ["disk"], {"disk": 1}):
             with pytest.raises(InvalidRequestError) as caught:
                 call(wrong)
             assert caught.value.param == param
+    with pytest.raises(InvalidRequestError, match="bundle"):
+        store.import_(None)  # type: ignore[arg-type]
+    for tier in ("dsik", "", "device"):
+        with pytest.raises(InvalidRequestError, match="no tier") as caught:
+            store.verify(tier)
+        assert caught.value.param == "tier"
+    assert store.verify("host").ok and store.verify().ok
     assert store.get(state_id) == "text" and store.find(state_id).generation == 1
+
+
+def test_an_id_may_be_a_name_and_a_text() -> None:
+    store = World(None).open()
+    first = store.put("text")
+    second = store.put(first, {"name": first, "namespace": first})
+    obj = store.find(second)
+    assert store.get(second) == first and (obj.name, obj.namespace) == (first, first)
+
+
+def test_a_closed_store_says_so_whatever_it_is_asked() -> None:
+    store = World(None).open()
+    state_id = store.put("text")
+    bundle = store.export(state_id)
+    store.close()
+    by_id = (store.get, store.find, store.drop, store.export, store.pin, store.unpin, store.explain, store.fork)
+    calls = [lambda verb=verb: verb(state_id) for verb in (*by_id, store.leaving)]
+    calls += [store.ls, store.top, store.evict, store.verify, lambda: store.put("b"), lambda: store.import_(bundle)]
+    calls += [
+        lambda: store.update(state_id, "b"),
+        lambda: store.migrate(state_id, "host"),
+        lambda: store.match([1] * 8),
+    ]
+    calls += [lambda: store.holdings("default", "kv"), lambda: store.load([]), lambda: store.spill([])]
+    calls += [lambda: store.lookup([]), lambda: store.later("get", lambda result, error: None, state_id=state_id)]
+    for call in calls:
+        with pytest.raises(EngineClosedError):
+            call()
 
 
 def test_tokens_are_integers() -> None:

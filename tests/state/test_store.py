@@ -60,6 +60,8 @@ def test_what_is_no_state_is_a_type_error(bad: object) -> None:
         ([{"role": "user", "content": "\udfff"}], {}, "obj"),
         ([{"n": b"bytes"}], {}, "obj"),
         ([{"n": {1: 2}}], {}, "obj"),
+        ([{"n": float("nan")}], {}, "obj"),
+        ([{"n": [float("-inf")]}], {}, "obj"),
         ("x" * (5 << 20), {}, "obj"),
         ([True, False], {}, "obj"),
     ],

@@ -114,7 +114,7 @@ async def item(request: Request) -> Response:
 async def delete_item(request: Request) -> Response:
     """A conversation without one of its items, and without what was computed with it."""
     query_of(request)
-    await _change(request, lambda talk: without_item(talk, _place(talk.messages, request)))
+    await _change(request, lambda talk: without_item(talk, _place(talk.messages, request)), erase=True)
     return json_of(shown(await _named(request)))
 
 
@@ -143,13 +143,13 @@ async def _named(request: Request) -> Kept:
     return await services.turns.find(ticket.tenant, CONVERSATION, given, "conversation_id")
 
 
-async def _change(request: Request, change: Change) -> None:
-    """Read, change, write, while nobody else does. Raises StateConflictError."""
+async def _change(request: Request, change: Change, *, erase: bool = False) -> None:
+    """Read, change, write, while nobody else does; `erase` as for `replace`. Raises StateConflictError."""
     services, ticket = parts_of(request)
     kept = await _named(request)
     with services.turns.claimed(ticket.tenant, kept):
         fresh = await _named(request)
-        await services.turns.replace(ticket.tenant, fresh, change(fresh.session))
+        await services.turns.replace(ticket.tenant, fresh, change(fresh.session), erase=erase)
 
 
 @contextmanager

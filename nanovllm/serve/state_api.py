@@ -66,7 +66,7 @@ async def update(request: Request) -> Response:
     """Replace what an object holds; of two at once one is refused, and with `generation` whoever has not read it."""
     body = await _body(request, protocol.UpdateBody)
     obj = storable(body.text, body.token_ids, body.messages)
-    return await _act(request, "update", **_named(request), obj=obj, generation=body.generation)
+    return await _act(request, "update", **_named(request), obj=obj, generation=body.generation, erase=True)
 
 
 async def drop(request: Request) -> Response:

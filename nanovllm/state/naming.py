@@ -90,8 +90,12 @@ class Naming:
         generation: int | None,
         then: Callable[[Pending], None] = lambda pending: None,
         kv_namespace: str | None = None,
+        *,
+        erase: bool = False,
     ) -> Pending:
-        """Begin the object's next generation. Raises StateConflictError where it is not at `generation` any more."""
+        """Begin the object's next generation; `erase`: done when nothing is left of what only the last one had.
+
+        Raises StateConflictError where it is not at `generation` any more."""
         started = self.plane.clock.now_ns()
         if generation is not None and type(generation) is not int:
             raise InvalidRequestError(f"generation must be a number, not {shown(generation)}.", param="generation")
@@ -105,7 +109,7 @@ class Naming:
             raise InvalidRequestError(f"kind {obj.kind} does not hold {shown(value)}.", param="obj")
         where = obj.kv_namespace if kv_namespace is None else check_namespace(kv_namespace)
         new = msgspec.structs.replace(obj, generation=obj.generation + 1, is_hint=False, kv_namespace=where)
-        pending = Pending("update", started, new, old=obj, then=then)
+        pending = Pending("update", started, new, old=obj, then=then, erase=erase)
         return self.storing.begin(pending, payload_of(value))
 
     def get(self, obj: StateObject) -> Steps[Storable]:
@@ -183,9 +187,10 @@ class Naming:
         it, too. Its id and name find nothing from the first step on; the receipt comes when the bytes are gone. Where a
         tier kept some, another drop tries them again."""
         started = self.plane.clock.now_ns()
-        owed = self.plane.debts.keys_of(obj)
-        condemned = (yield from self._strike_out(obj)) if owed is None else owed
-        keys = [key for key in condemned if not self.plane.catalog.owners(key)]
+        condemned = self.plane.debts.keys_of(obj)
+        if obj.state_id in self.plane.catalog.objects:
+            condemned += yield from self._strike_out(obj)
+        keys = [key for key in dict.fromkeys(condemned) if not self.plane.catalog.owners(key)]
         size, removals = self.plane.forget(keys, scrub=True)
         self.plane.rekind(obj.chain)
         kept = self._discard(keys)

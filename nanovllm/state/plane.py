@@ -201,11 +201,13 @@ class Plane:
                 removals[place.name] = self._remove(place, keys, scrub=scrub)
         return size, removals
 
-    def abandon(self, keys: Sequence[bytes]) -> None:
-        """What an object owned alone and owns no more goes, so that dropping the object leaves nothing of it."""
-        self.forget(keys, scrub=True)
+    def abandon(self, keys: Sequence[bytes]) -> dict[str, Transfer]:
+        """What an object owned alone and owns no more goes, so that dropping the object leaves nothing of it; each
+        tier's removal."""
+        _, removals = self.forget(keys, scrub=True)
         if self.device is not None:
             self.debts.owe(DEVICE, keys)
+        return removals
 
     def evict(self, place: Place, entry: Entry) -> None:
         """The policy's choice goes from one tier; `flush` tells the tier, once for all that went."""

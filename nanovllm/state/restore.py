@@ -23,11 +23,12 @@ def restore(plane: Plane) -> list[str]:
     """Fill the catalog; warnings for the operator."""
     warnings: list[str] = []
     found = {name: _scan(place, warnings) for name, place in plane.places.items()}
-    _restore_objects(plane, found, warnings)
+    replaced = _restore_objects(plane, found, warnings)
     for name, entries in found.items():
         for each in entries:
             if not each.label.record:
                 _enter(plane, plane.places[name], each, plane.catalog.kind_of(each.label.key))
+    plane.forget([key for key in replaced if not plane.catalog.owners(key)], scrub=True)
     foreign = [o for o in plane.catalog.objects.values() if o.chain and not plane.is_known(o)]
     if foreign:
         warnings.append(
@@ -46,7 +47,9 @@ def _scan(place: Place, warnings: list[str]) -> list[Found]:
         return []
 
 
-def _restore_objects(plane: Plane, found: dict[str, list[Found]], warnings: list[str]) -> None:
+def _restore_objects(plane: Plane, found: dict[str, list[Found]], warnings: list[str]) -> dict[bytes, None]:
+    """Enter the newest of each; the keys of what it replaced, which whoever was killed had not removed yet."""
+    replaced: dict[bytes, None] = {}
     newest: dict[str, tuple[StateObject, str, Found]] = {}
     stale: list[tuple[str, bytes]] = []
     for name, entries in found.items():
@@ -60,17 +63,25 @@ def _restore_objects(plane: Plane, found: dict[str, list[Found]], warnings: list
             old = newest.get(obj.state_id)
             if old is not None and old[0].payload_key >= obj.payload_key:
                 stale.append((name, each.label.key))
+                replaced |= _own_keys(obj)
                 continue
             if old is not None:
                 stale.append((old[1], old[2].label.key))
+                replaced |= _own_keys(old[0])
             newest[obj.state_id] = (obj, name, each)
     for obj, name, each in sorted(newest.values(), key=lambda row: (row[0].created_ms, row[0].state_id)):
         displaced = plane.catalog.add(obj)
         _enter(plane, plane.places[name], each, obj.kind, home=name)
         if displaced is not None:
-            plane.forget(plane.catalog.remove(displaced), scrub=True)
+            replaced |= dict.fromkeys(plane.catalog.remove(displaced))
     for name, key in stale:
         plane.debts.owe(name, [key])
+    return replaced
+
+
+def _own_keys(obj: StateObject) -> dict[bytes, None]:
+    """What an older generation alone may have owned; a hint's blocks were anybody's before, and are again."""
+    return {} if obj.is_hint else dict.fromkeys(obj.chain)
 
 
 def _object_of(found: Found) -> StateObject | None:

@@ -30,7 +30,7 @@ from nanovllm.state.plane import Plane, bare
 from nanovllm.state.receipts import Receipt
 from nanovllm.state.reclaim import Reclaim
 from nanovllm.state.shelves import ShelfKey, shelf_of
-from nanovllm.state.steps import Steps
+from nanovllm.state.steps import Steps, after
 
 MORE_ROOM = "Drop some, unpin some, or make room where the tier lies."
 NOT_WRITTEN = "What is kept can still be read. See whether the place of the tier can be written, then try again."
@@ -52,6 +52,9 @@ class Pending:
     transfer: Transfer | None = None
     receipt: Receipt | None = None
     error: NanoVLLMError | None = None
+    erase: bool = False  # done when what only the generation before had is gone, too
+    left: list[bytes] = field(default_factory=list)  # what that is
+    removals: dict[str, Transfer] = field(default_factory=dict)
     then: Callable[[Pending], None] = field(default=lambda pending: None)
 
     @property
@@ -109,6 +112,7 @@ class Storing:
         """To its end. Raises as `result`."""
         if pending.transfer is not None:
             yield pending.transfer
+        yield from pending.removals.values()
         return pending.result()
 
     def _written(self, pending: Pending, home: Place, entry: Entry, sealed: bytes, transfer: Transfer) -> None:
@@ -131,22 +135,36 @@ class Storing:
         else:
             old = self.plane.catalog.objects[new.state_id]  # maybe with another chain than when this began
             alone = self.plane.catalog.change(new)
-            # a hint's blocks were anybody's before, and are again
-            self.plane.abandon([old.payload_key] if new.is_hint else alone)
+            left = [old.payload_key] if new.is_hint else alone  # a hint's blocks were anybody's before, and are again
+            removals = self.plane.abandon(left)
             self.plane.rekind(old.chain)
+            if pending.erase:
+                pending.left, pending.removals = left, removals
         self.plane.rekind(new.chain)
-        pending.receipt = self.plane.receipt(
-            pending.action,
-            pending.started_ns,
-            True,
-            "durable" if new.durable else f"in {home.name}, and gone with it",
-            obj=new,
-            tier=home.name,
-            size_bytes=len(pending.data),
-            detail={"generation": new.generation, "tokens": new.num_tokens, "blocks": len(new.chain)},
-        )
         if displaced is not None:
             self.remove(displaced, f"replaced by {new.state_id}")
+        self._finish_after([*pending.removals.values()], pending, home)
+
+    def _finish_after(self, removals: list[Transfer], pending: Pending, home: Place) -> None:
+        if removals:
+            after(removals[0], lambda: self._finish_after(removals[1:], pending, home))
+        else:
+            self._finish(pending, home)
+
+    def _finish(self, pending: Pending, home: Place) -> None:
+        """It is kept; with `erase` the receipt is not ok where a tier still has something of what it replaced."""
+        new = pending.new
+        failed = {name: removal for name, removal in pending.removals.items() if not removal.ok}
+        reason = "durable" if new.durable else f"in {home.name}, and gone with it"
+        detail = {"generation": new.generation, "tokens": new.num_tokens, "blocks": len(new.chain)}
+        if failed:
+            self.plane.debts.remember(new, pending.left)
+            reason += f"; what it replaced is not yet removed from {', '.join(failed)}: it will be tried again"
+            detail |= {"is_full": True} if any(removal.is_full for removal in failed.values()) else {}
+        pending.receipt = self.plane.receipt(
+            pending.action, pending.started_ns, not failed, reason,
+            obj=new, tier=home.name, size_bytes=len(pending.data), detail=detail,
+        )  # fmt: skip
         pending.then(pending)
 
     def _refuse(

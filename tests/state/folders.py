@@ -131,7 +131,7 @@ def failing(fails: Callable[[str, str], int | None]) -> type[Folder]:
 
 KILLED_CALLS = (
     *(f"texts.{call}" for call in ("create", "write", "sync", "rename", "sync_names", "remove")),
-    *(f"kv.{call}" for call in ("create", "write", "remove")),
+    *(f"kv.{call}" for call in ("create", "write", "sync", "remove")),
     "ledger.commit",
 )
 KILL_POINTS = (*(f"{call}:{side}" for call in KILLED_CALLS for side in "01"), "texts.write:half", "kv.write:half")

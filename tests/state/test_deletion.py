@@ -14,7 +14,8 @@ from nanovllm.state.objects import Session
 from nanovllm.state.store import StateStore
 from nanovllm.state.tiers.disk import QUARANTINE_S
 from nanovllm.state.tiers.ledger import Ledger, Row
-from tests.state.stores import World, check_books
+from tests.state.fake_device import kv_bytes
+from tests.state.stores import World, blocks_for, check_books, spill
 
 TEXT = "the vault of the town hall opens at noon"
 
@@ -150,3 +151,61 @@ def test_what_was_set_aside_stays_for_a_week(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(time, "time", lambda: later)
     world.open().close()
     assert TEXT[:20].encode() not in bytes_of(tmp_path)
+
+
+def trimmed(store: StateStore, **options: bool) -> tuple[str, list[int], object]:
+    """A session whose second half was deleted, with KV on the disk; its id, its first tokens, the receipt."""
+    tokens = list(range(40))
+    kept = store.put(Session([{"role": "user", "content": TEXT}], tokens), {"kind": "session", "name": "talk"})
+    assert spill(store, blocks_for(store, tokens), "disk")
+    store.settle()
+    rest = Session([{"role": "user", "content": "short"}], tokens[:8])
+    return str(kept), tokens, store.update(kept, rest, **options)
+
+
+def test_what_is_erased_is_gone_when_it_is_said(tmp_path: Path) -> None:
+    store = World(tmp_path / "state", host_bytes=0).open()
+    _, tokens, receipt = trimmed(store, erase=True)
+    lying = bytes_of(tmp_path)  # as a kill -9 would leave it
+    blocks = blocks_for(store, tokens)
+    assert receipt.ok and TEXT.encode() not in lying
+    assert [kv_bytes(block.digest, 240) in lying for block in blocks] == [True] * 2 + [False] * 8
+    store.close()
+
+
+@pytest.mark.parametrize("erase", [True, False])
+def test_what_a_tier_did_not_erase_is_told_and_goes_with_the_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, erase: bool
+) -> None:
+    store = World(tmp_path / "state", host_bytes=0).open()
+    disk = store.plane.places["disk"].tier
+
+    def fail(keys: object, *, scrub: bool = False) -> None:
+        raise TierError("The disk is broken.")
+
+    monkeypatch.setattr(disk, "drop", fail)
+    kept, tokens, receipt = trimmed(store, erase=erase)
+    assert receipt.ok != erase and store.find(kept).generation == 2
+    assert bool(store.leaving(kept)) == erase
+    monkeypatch.undo()
+    if erase:
+        assert store.drop(kept).ok and not store.leaving(kept)
+        assert not [b for b in blocks_for(store, tokens) if kv_bytes(b.digest, 240) in bytes_of(tmp_path)]
+        assert TEXT.encode() not in bytes_of(tmp_path)
+    check_books(store)
+    store.close()
+
+
+def test_a_start_removes_what_a_killed_process_had_not_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path / "state", host_bytes=0)
+    store = world.open()
+    monkeypatch.setattr(store.plane.places["disk"].tier, "drop", lambda keys, *, scrub=False: None)
+    _, tokens, _ = trimmed(store)  # killed behind the commit of the new generation
+    store.close()
+    store = world.open()
+    store.settle()
+    lying = bytes_of(tmp_path)
+    assert TEXT.encode() not in lying
+    assert [kv_bytes(b.digest, 240) in lying for b in blocks_for(store, tokens)] == [True] * 2 + [False] * 8
+    check_books(store)
+    store.close()

@@ -82,6 +82,7 @@ class Segments:
         self._segments: dict[int, Segment] = {}
         self._places: dict[bytes, Place] = {}
         self._dead: defaultdict[bytes, list[Place]] = defaultdict(list)
+        self._has_removed = True  # files, since names were synced; whoever had the folder before may have, too
 
     @property
     def live_bytes(self) -> int:
@@ -117,16 +118,15 @@ class Segments:
             os.close(fd)
 
     def drop(self, keys: Sequence[bytes], *, scrub: bool = False) -> None:
-        """Mark dead; with `scrub`, overwrite this and every older copy that was not collected yet."""
+        """Mark dead; with `scrub`, overwrite this and every older copy that was not collected yet, for good when it
+        returns."""
         for key in keys:
             with self._lock:
                 place = self._places.pop(key, None)
             if place is not None:
                 self._mark_dead(key, place)
-            if scrub:
-                for dead in self._dead.get(key, ()):
-                    self._zero(dead)
-                self._dead.pop(key, None)  # not before: whoever tries again must find them
+        if scrub:
+            self._scrub(keys)
 
     def collect(self, room_for: int = 0, limit: int | None = None) -> None:
         """Rewrite thin segments; then those with most dead bytes, until `room_for` more stay within `limit`."""
@@ -205,6 +205,19 @@ class Segments:
         segment = self._segments[place.segment]
         self.folder.write(segment.fd, bytes(place.footprint - FRAME_BYTES), place.offset + FRAME_BYTES)
 
+    def _scrub(self, keys: Sequence[bytes]) -> None:
+        """Zeros that a power loss does not take back; nor does it bring back a file that was removed with copies."""
+        dead = [place for key in keys for place in self._dead.get(key, ())]
+        for place in dead:
+            self._zero(place)
+        for number in {place.segment for place in dead}:
+            self.folder.sync(self._segments[number].fd)
+        if self._has_removed:
+            self.folder.sync_names()
+            self._has_removed = False
+        for key in keys:  # not before: whoever tries again must find them
+            self._dead.pop(key, None)
+
     def _rewrite(self, number: int) -> None:
         """Copy what lives to the end of the last segment and remove the file."""
         segment = self._segments[number]
@@ -217,6 +230,7 @@ class Segments:
             segment.live_bytes -= place.footprint
             self.counts.copied_bytes += place.footprint
         self.folder.remove(segment_name(number))
+        self._has_removed = True
         with self._lock:
             del self._segments[number]
             os.close(segment.fd)

@@ -61,7 +61,11 @@ def test_what_a_tier_did_not_remove_is_not_acknowledged(
 
         assert live.engine is not None
         disk = live.engine.parts.state.store.plane.places["disk"].tier
+        item = live.get(f"{paths[1]}/items").json["data"][0]["id"]
         monkeypatch.setattr(disk, "drop", fail)
+        answer = live.ask("DELETE", f"{paths[1]}/items/{item}")
+        assert (answer.status, answer.code) == (status, code), answer.body
+        assert live.get(f"{paths[1]}/items").json["data"] == []
         for path in paths:
             answer = live.ask("DELETE", path)
             assert (answer.status, answer.code) == (status, code), answer.body

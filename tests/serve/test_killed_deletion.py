@@ -83,6 +83,19 @@ def test_killed_as_soon_as_a_deletion_is_acknowledged(tmp_path: Path, process: P
         assert again.ask("DELETE", paths[kind]).status == 404
 
 
+def test_killed_as_soon_as_an_items_deletion_is_acknowledged(tmp_path: Path, process: Process) -> None:
+    server = process("--state-dir", str(tmp_path), "--num-blocks", "256")
+    path = keep(server, "conversation")
+    pieces = traces(tmp_path, "conversation")
+    items = server.get(f"{path}/items?order=asc").json["data"]
+    assert server.ask("DELETE", f"{path}/items/{items[0]['id']}").status == 200
+    server.signal(signal.SIGKILL)
+    server.wait()
+    assert not found(tmp_path, pieces)
+    with running(state_dir=str(tmp_path), **SETTINGS) as again:
+        assert [each["id"] for each in again.get(f"{path}/items?order=asc").json["data"]] == [items[1]["id"]]
+
+
 @pytest.mark.parametrize("point", [pytest.param(point, marks=LONG) for point in POINTS])
 def test_killed_within_a_deletion_it_is_gone_or_there_to_be_deleted(
     tmp_path: Path, process: Process, point: str

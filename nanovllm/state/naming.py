@@ -164,7 +164,12 @@ class Naming:
         return [KVBlock(*row, obj.chain_namespace) for row in zip(chain, parents, cuts)]
 
     def fork(self, obj: StateObject, metadata: Metadata) -> Steps[StateId]:
-        """A new object that begins as this one and goes its own way; their KV is shared."""
+        """A new object that begins as this one and goes its own way; their KV is shared.
+
+        Raises as `begin_put`, and where another kind is asked for (InvalidRequestError) or the very name of the first
+        (StateConflictError).
+        """
+        _check_fork(obj, metadata)
         started = self.plane.clock.now_ns()
         payload = payload_of((yield from self.get(obj)))
         own = obj.kv_namespace if metadata.namespace == obj.namespace else None
@@ -178,9 +183,11 @@ class Naming:
             forked_from=obj.state_id,
             generation=1,
             created_ms=self.plane.wall_ms(),
+            ttl_ms=obj.ttl_ms if metadata.ttl is None else int(metadata.ttl * SECOND_MS),
+            durable=obj.durable if metadata.durable is None else metadata.durable,
         )
-        chain = obj.chain if obj.is_hint else None
-        return (yield from self.storing.steps(self.storing.begin(Pending("fork", started, new, chain=chain), payload)))
+        pending = Pending("fork", started, new, chain=obj.chain if obj.is_hint else None)
+        return (yield from self.storing.steps(self.storing.begin(pending, payload, must=metadata.durable is True)))
 
     def drop(self, obj: StateObject, reason: str) -> Steps[Receipt]:
         """Out of every tier: its text, and the blocks that only it owned; of a document those that others computed of
@@ -233,3 +240,12 @@ class Naming:
         if entry is None or entry.label.layout != self.plane.layout:
             return None
         return next((name for name in self.plane.places if name in entry.tiers), None)
+
+
+def _check_fork(obj: StateObject, metadata: Metadata) -> None:
+    """A fork is of the first one's kind, and does not put it out."""
+    if metadata.kind not in (None, obj.kind):
+        raise InvalidRequestError(f"A fork is of kind {obj.kind}, as the first one is.", param="kind")
+    called = metadata.namespace, metadata.name, metadata.version
+    if metadata.name is not None and called == (obj.namespace, obj.name, obj.version):
+        raise StateConflictError(f"The first one is called {obj.label!r}.", param="name", hint="Give another name.")

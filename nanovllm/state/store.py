@@ -198,7 +198,11 @@ class StateStore:
         return self._naming.match(tokens, namespace)
 
     def fork(self, state_id: str, metadata: Given = None, namespace: str | None = None) -> StateId:
-        """A second object that begins as the first; it shares its KV and goes its own way."""
+        """A second object that begins as the first; it shares its KV and goes its own way.
+
+        It has the first one's `ttl`, from now on, and its `durable`, where the metadata say nothing else. Raises as `put`,
+        InvalidRequestError on another kind, StateConflictError where it would take the very name of the first.
+        """
         return self._wait(self._verbs.fork(state_id, metadata, namespace))
         self._check_open()
 
@@ -255,18 +259,18 @@ class StateStore:
 
     def load(self, blocks: Sequence[KVBlock], then: Callable[[Load], None] = lambda load: None) -> Load:
         """Engine: begin to read blocks; told when every tier has answered or is over its deadline."""
-        return self._migration.load(blocks, then)
+        self._check_open()
         self._check_open()
 
     def lookup(self, blocks: Sequence[KVBlock]) -> list[Transfer]:
         """Engine: ask shared tiers for blocks that nobody here has."""
-        return self._migration.lookup(blocks)
         self._check_open()
+        return self._migration.load(blocks, then)
 
     # reclaim
 
     def evict(
-        self._check_open()
+        return self._migration.lookup(blocks)
         self,
         policy: str | None = None,
         bytes: int | None = None,
@@ -308,22 +312,22 @@ class StateStore:
 
     def holdings(self, namespace: str, kind: str) -> dict[str, int]:
         """How many objects of a kind a tenant has and the bytes of what they hold; and what more would be taken now."""
-        objects, size = self.plane.catalog.holds(namespace, kind)
         self._check_open()
         if limit is not None and (type(limit) is not int or limit < 0):
             raise InvalidRequestError(f"limit must be a number from 0 up, not {shown(limit)}.", param="limit")
+        self._check_open()
+        objects, size = self.plane.catalog.holds(namespace, kind)
         objects_left, bytes_left = self._naming.storing.room(namespace, kind)
         return {"objects": objects, "bytes": size, "objects_left": objects_left, "bytes_left": bytes_left}
 
     def top(self) -> dict[str, Any]:
-        self._check_open()
         """Counters and bytes of each tier."""
         tiers = {name: place.facts() for name, place in self.plane.places.items()}
         return {"objects": len(self.plane.catalog.objects), "transfers": self.plane.mover.num_pending, "tiers": tiers}
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
-        """The object of an id or name, if the caller may see it and it has not expired."""
         self._check_open()
+        """The object of an id or name, if the caller may see it and it has not expired."""
         return self._verbs.find(state_id, namespace, kind)
 
     def leaving(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> list[StateObject]:
@@ -392,11 +396,6 @@ class StateStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise EngineClosedError("This state store was closed.", hint="Open it, or its engine, again.")
-
-    def _wait(self, steps: Steps[T]) -> T:
     @property
     def _verbs(self) -> Verbs:
         """Raises EngineClosedError."""
@@ -408,6 +407,11 @@ class StateStore:
 
     def _demote(self, place: Place, entry: Entry) -> str | None:
         return self._migration.demote(place, entry)
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineClosedError("This state store was closed.", hint="Open it, or its engine, again.")
+
+    def _wait(self, steps: Steps[T]) -> T:
 
 
 def _place(tier: Tier, clock: Clock, cost_of: CostOf, threads: bool) -> Place:

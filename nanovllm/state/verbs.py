@@ -74,7 +74,7 @@ class Verbs:
         return self.migration.migrate(self.own(state_id, namespace), check_tier(tier, "tier"))
 
     def verify(self, tier: str | None = None, *, repair: bool = False) -> Steps[Receipt]:
-        """Everything read and checked, of one tier or of all. Raises InvalidRequestError where there is no such tier."""
+        """Everything read and checked. Raises InvalidRequestError where there is no such tier."""
         if tier is not None and check_tier(tier, "tier") not in self.plane.places:
             there = f"There are {', '.join(self.plane.places)}."
             raise InvalidRequestError(f"There is no tier {tier!r:.60} to verify.", param="tier", hint=there)

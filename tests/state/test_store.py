@@ -145,13 +145,51 @@ def test_time_to_live_and_a_pins_time(tmp_path: Path) -> None:
     store.update(renewed, "renewed", namespace="default")  # its time begins anew
     world.wall.ms += 15_000
     store.tick()
-    assert [obj.state_id for obj in store.ls()] == [long, renewed, never]
+    assert {obj.state_id for obj in store.ls()} == {long, renewed, never}
     store.drop(never)
     store.close()
     world.wall.ms += 100_000  # it ends while nobody runs
     store = world.open()
     assert not store.ls() and not list((tmp_path / "state" / "texts").iterdir())
     store.close()
+
+
+def test_a_fork_has_the_time_and_the_place_that_were_asked_for(tmp_path: Path) -> None:
+    world = World(tmp_path / "state")
+    store = world.open()
+    first = store.put("text", {"name": "t", "version": "1", "ttl": 100})
+    world.wall.ms += 60_000
+    same, brief = store.fork(first), store.fork(first, {"name": "brief", "ttl": 5, "durable": False})
+    assert [store.find(one).expires_ms - world.wall.ms for one in (first, same, brief)] == [40_000, 100_000, 5_000]
+    assert [store.find(one).durable for one in (first, same, brief)] == [True, True, False]
+    assert store.find(store.fork(brief, {"durable": True})).durable
+    world.wall.ms += 5_000
+    store.tick()
+    assert brief not in {obj.state_id for obj in store.ls()}
+    with pytest.raises(InvalidRequestError, match="kind") as refused:
+        store.fork(first, {"kind": "kv"})
+    assert refused.value.param == "kind" and store.fork(first, {"kind": "knowledge"})
+    store.close()
+    with pytest.raises(StateRefusedError, match="no tier"):  # as a put that must be durable
+        memory = World(None).open()
+        memory.fork(memory.put("text"), {"durable": True})
+
+
+def test_a_fork_does_not_put_its_original_out() -> None:
+    store = World(None).open()
+    first = store.put("text", {"name": "t", "version": "1"})
+    other = store.put("other", {"name": "t", "version": "2"})
+    with pytest.raises(StateConflictError, match="called 't@1'") as refused:
+        store.fork(first, {"name": "t", "version": "1"})
+    assert refused.value.param == "name" and store.get("t@1", "default") == "text"
+    store.fork(first, {"name": "t", "version": "2"})  # as a put: the newer takes the name
+    assert store.get("t@2", "default") == "text" and other not in {obj.state_id for obj in store.ls()}
+    assert store.get(store.fork(first, {"name": "t", "version": "1", "namespace": "b"})) == "text"
+    talk = store.put([{"role": "user", "content": "hi"}], {"name": "talk"})
+    store.put([{"role": "user", "content": "ho"}], {"name": "taken"})
+    for name in ("talk", "taken"):
+        with pytest.raises(StateConflictError):
+            store.fork(talk, {"name": name})
 
 
 def test_a_pin_beyond_its_share_is_refused_with_a_receipt() -> None:

@@ -195,16 +195,16 @@ class StateStore:
 
     def match(self, tokens: Sequence[int], namespace: str = DEFAULT_NAMESPACE) -> StateMatch:
         """How much KV of this prompt lies where. Changes nothing, touches no disk; a forecast until it is read."""
+        self._check_open()
         return self._naming.match(tokens, namespace)
 
     def fork(self, state_id: str, metadata: Given = None, namespace: str | None = None) -> StateId:
         """A second object that begins as the first; it shares its KV and goes its own way.
 
-        It has the first one's `ttl`, from now on, and its `durable`, where the metadata say nothing else. Raises as `put`,
-        InvalidRequestError on another kind, StateConflictError where it would take the very name of the first.
+        It has the first one's `ttl`, from now on, and its `durable`, where the metadata say nothing else. Raises as
+        `put`, InvalidRequestError on another kind, StateConflictError where it would take the very name of the first.
         """
         return self._wait(self._verbs.fork(state_id, metadata, namespace))
-        self._check_open()
 
     def drop(self, state_id: str, namespace: str | None = None, reason: str = "asked") -> Receipt:
         """Out of every tier: the text, and the KV that only this object owned.
@@ -255,22 +255,22 @@ class StateStore:
 
     def spill(self, blocks: Sequence[tuple[KVBlock, bytes]], tier: str | None = None) -> Transfer | None:
         """Engine: begin to write computed blocks; None where nothing was begun."""
+        self._check_open()
         return self._migration.spill(blocks, tier)
 
     def load(self, blocks: Sequence[KVBlock], then: Callable[[Load], None] = lambda load: None) -> Load:
         """Engine: begin to read blocks; told when every tier has answered or is over its deadline."""
         self._check_open()
-        self._check_open()
+        return self._migration.load(blocks, then)
 
     def lookup(self, blocks: Sequence[KVBlock]) -> list[Transfer]:
         """Engine: ask shared tiers for blocks that nobody here has."""
         self._check_open()
-        return self._migration.load(blocks, then)
+        return self._migration.lookup(blocks)
 
     # reclaim
 
     def evict(
-        return self._migration.lookup(blocks)
         self,
         policy: str | None = None,
         bytes: int | None = None,
@@ -281,12 +281,12 @@ class StateStore:
 
         A `policy` that is not the one in force ranks by each object's last use. Nothing that is held goes.
         """
+        self._check_open()
         return self._reclaim.evict(policy, bytes, kind, None if tier is None else check_tier(tier, "tier"))
 
     # looking
 
     def verify(self, tier: str | None = None, *, repair: bool = False) -> Receipt:
-        self._check_open()
         """Read and check everything, of one tier or of all. Not ok where something is damaged; with `repair` that is
         set aside. Raises InvalidRequestError where there is no such tier."""
         return self._wait(self._verbs.verify(tier, repair=repair))
@@ -308,13 +308,13 @@ class StateStore:
 
         A page has `limit` of them, beginning behind `after`: the (created_ms, state_id) of the last one seen.
         """
+        self._check_open()
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise InvalidRequestError(f"limit must be a number from 0 up, not {shown(limit)}.", param="limit")
         return list(islice(self.plane.catalog.listed(namespace, kind, name, tuple(after)), limit))
 
     def holdings(self, namespace: str, kind: str) -> dict[str, int]:
         """How many objects of a kind a tenant has and the bytes of what they hold; and what more would be taken now."""
-        self._check_open()
-        if limit is not None and (type(limit) is not int or limit < 0):
-            raise InvalidRequestError(f"limit must be a number from 0 up, not {shown(limit)}.", param="limit")
         self._check_open()
         objects, size = self.plane.catalog.holds(namespace, kind)
         objects_left, bytes_left = self._naming.storing.room(namespace, kind)
@@ -322,11 +322,11 @@ class StateStore:
 
     def top(self) -> dict[str, Any]:
         """Counters and bytes of each tier."""
+        self._check_open()
         tiers = {name: place.facts() for name, place in self.plane.places.items()}
         return {"objects": len(self.plane.catalog.objects), "transfers": self.plane.mover.num_pending, "tiers": tiers}
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
-        self._check_open()
         """The object of an id or name, if the caller may see it and it has not expired."""
         return self._verbs.find(state_id, namespace, kind)
 
@@ -402,16 +402,16 @@ class StateStore:
         self._check_open()
         return self._all_verbs
 
-        self._check_open()
-        return finish(self.plane.mover, steps)
-
-    def _demote(self, place: Place, entry: Entry) -> str | None:
-        return self._migration.demote(place, entry)
     def _check_open(self) -> None:
         if self._is_closed:
             raise EngineClosedError("This state store was closed.", hint="Open it, or its engine, again.")
 
     def _wait(self, steps: Steps[T]) -> T:
+        self._check_open()
+        return finish(self.plane.mover, steps)
+
+    def _demote(self, place: Place, entry: Entry) -> str | None:
+        return self._migration.demote(place, entry)
 
 
 def _place(tier: Tier, clock: Clock, cost_of: CostOf, threads: bool) -> Place:

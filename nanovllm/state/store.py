@@ -153,13 +153,16 @@ class StateStore:
         generation: int | None = None,
         namespace: str | None = None,
         kv_namespace: str | None = None,
+        erase: bool = False,
     ) -> Receipt:
         """Replace what the object holds, atomically. Raises StateConflictError unless it is at `generation`.
 
-        `kv_namespace`: where its tokens were computed, where that is no longer where it was.
+        `kv_namespace`: where its tokens were computed, where that is no longer where it was. `erase`: come back when
+        nothing is left of what only the last generation had; a tier that keeps some makes the receipt a refusal, and
+        another `drop` of the object tries that again, too.
         """
         pending = self.update_later(
-            state_id, obj, generation=generation, namespace=namespace, kv_namespace=kv_namespace
+            state_id, obj, generation=generation, namespace=namespace, kv_namespace=kv_namespace, erase=erase
         )
         receipt = self._wait(self._naming.storing.steps(pending)).receipt
         assert receipt is not None
@@ -183,11 +186,13 @@ class StateStore:
         generation: int | None = None,
         namespace: str | None = None,
         kv_namespace: str | None = None,
+        erase: bool = False,
         then: Callable[[Pending], None] = lambda pending: None,
     ) -> Pending:
         """Engine: as `update`, without waiting."""
         self._check_open()
-        return self._naming.begin_update(self._verbs.own(state_id, namespace), obj, generation, then, kv_namespace)
+        old = self._verbs.own(state_id, namespace)
+        return self._naming.begin_update(old, obj, generation, then, kv_namespace, erase=erase)
 
     def get(self, state_id: str, namespace: str | None = None) -> Storable:
         """What was put, verified. Takes an id, `name` or `name@version`. Raises StateNotFoundError."""

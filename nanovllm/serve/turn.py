@@ -1,9 +1,11 @@
 """One turn that may be kept: what happens between its last token and its last byte.
 
 What it is: the `Course` of a response. What it knows nothing about: HTTP, how objects are stored. Invariants: a
-turn is kept whole or not at all, and before its client can know that it ended; one whose request did not come to
-its end is not kept; its conversation is given back whatever happens; the KV that was written by then is a matter
-of time, never of success.
+turn whose client can know that it ended is kept whole; a conversation has all of a turn or nothing, by one write, and
+whatever response of it is found belongs to a turn that it has, because the response is stored after it (a kill in
+between leaves an id that nothing is behind, and whose end nobody was told); one whose request did not come to its end
+is not kept; its conversation is given back whatever happens; the KV that was written by then is a matter of time,
+never of success.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import anyio
 import msgspec
 
 from nanovllm.engine.messages import Finished
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import DeadlineError, NanoVLLMError, StateRefusedError
 from nanovllm.serve import sse
 from nanovllm.serve.answer import Course, Prompt
 from nanovllm.serve.context import Services, Ticket
@@ -28,6 +30,7 @@ from nanovllm.serve.turn_store import Kept
 from nanovllm.state.objects import Session
 
 TOKEN_BYTES, FACTS_BYTES = 24, 4096  # of a token in a stored turn, and of what stands beside its text
+IN_CONVERSATION = "The conversation has the turn all the same: look before you ask again."
 
 
 @dataclass(eq=False)
@@ -100,16 +103,18 @@ class Turn(Course):
             self.draft.usage["nanovllm"] |= found.as_own()
 
     async def _keep(self) -> None:
-        """The response first: it goes again where its conversation cannot follow."""
-        turns, tenant, name = self.services.turns, self.ticket.tenant, self.draft.head.response_id
+        """The conversation first; it is as it was before where the response is refused."""
+        turns, tenant, talk = self.services.turns, self.ticket.tenant, self.conversation
+        if talk is not None:
+            await turns.replace(tenant, talk, self._talk(talk), self._kv_namespace)
         if self.is_stored:
-            await turns.keep(tenant, self._response(), name, self._kv_namespace)
-        if self.conversation is not None:
             try:
-                await turns.replace(tenant, self.conversation, self._talk(self.conversation), self._kv_namespace)
-            except NanoVLLMError:
-                if self.is_stored:
-                    await turns.drop_named(tenant, name)
+                await turns.keep(tenant, self._response(), self.draft.head.response_id, self._kv_namespace)
+            except DeadlineError:
+                raise  # it may still be stored: then its conversation must have the turn
+            except NanoVLLMError as error:
+                if talk is not None and not await turns.put_back(tenant, talk):
+                    raise StateRefusedError(error.message, hint=IN_CONVERSATION) from None
                 raise
 
     def _response(self) -> Session:

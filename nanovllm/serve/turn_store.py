@@ -9,11 +9,14 @@ turn at a time: whoever comes second is refused, here at once or by its generati
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from nanovllm.engine.async_engine import AsyncEngine
 from nanovllm.engine.device_state_tier import store_namespace
@@ -34,6 +37,7 @@ from nanovllm.serve.items import CONVERSATION, RESPONSE, is_turn
 from nanovllm.state.objects import Session, StateObject
 from nanovllm.state.receipts import Receipt
 
+logger = logging.getLogger("nanovllm.serve")
 KIND = "session"
 CONVERSATION_PREFIX = "conv_"
 _FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r"conv_([0-9a-f]{32})")}
@@ -140,16 +144,19 @@ class TurnStore:
             raise _in_our_words(error) from None
         return str(state_id)
 
-    async def replace(self, tenant: Tenant, kept: Kept, session: Session, kv_namespace: str | None = None) -> None:
+    async def replace(
+        self, tenant: Tenant, kept: Kept, session: Session, kv_namespace: str | None = None, *, erase: bool = False
+    ) -> None:
         """Its next generation; `kv_namespace` as for `keep`, where it was before if none is named.
 
-        Raises StateConflictError where it has one already, StateNotFoundError.
+        Raises StateConflictError where it has one already, StateNotFoundError; with `erase`, TierError where a tier
+        still has something of what only the last generation held.
         """
         where: dict[str, Any] = {"state_id": kept.obj.state_id, "namespace": store_namespace(tenant.owner)}
         if kv_namespace is not None:
             where["kv_namespace"] = store_namespace(kv_namespace)
         try:
-            await self._call("update", obj=session, generation=kept.obj.generation, **where)
+            receipt = await self._call("update", obj=session, generation=kept.obj.generation, erase=erase, **where)
         except StateConflictError:
             raise _conflict() from None
         except StateNotFoundError:
@@ -160,6 +167,17 @@ class TurnStore:
             ) from None
         except (StateRefusedError, InvalidRequestError) as error:
             raise _in_our_words(error) from None
+        check_removed(receipt)
+
+    async def put_back(self, tenant: Tenant, kept: Kept) -> bool:
+        """What a conversation held before its last `replace`, as one more generation; whether it could be written."""
+        later = msgspec.structs.replace(kept.obj, generation=kept.obj.generation + 1)
+        try:
+            await self.replace(tenant, Kept(later, kept.session), kept.session, kept.obj.kv_namespace)
+        except NanoVLLMError as error:
+            logger.warning("A turn without its response stays in its conversation: %s", error.message)
+            return False
+        return True
 
     async def drop(self, tenant: Tenant, kind: str, given: str, param: str) -> None:
         """Out of every tier, with the KV that only it owned; again, where that was not done. Raises TierError where a
@@ -167,11 +185,6 @@ class TurnStore:
         left: list[StateObject] = await self._call("leaving", **_named(tenant, kind, given, param))
         obj = left[0] if left else await self.look_up(tenant, kind, given, param)
         check_removed(await self._call("drop", state_id=obj.state_id, namespace=store_namespace(tenant.owner)))
-
-    async def drop_named(self, tenant: Tenant, name: str) -> None:
-        """The same, of what may not be there."""
-        with suppress(NanoVLLMError):
-            await self._call("drop", state_id=name, namespace=store_namespace(tenant.owner))
 
     async def written(self, namespace: str, token_ids: list[int], cache_salt: str = "") -> None:
         """Wait until the full blocks of these tokens are written behind, or the server's time for it is over.

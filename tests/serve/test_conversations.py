@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from openai import APIStatusError, BadRequestError, ConflictError, NotFoundError, OpenAI
 
+from nanovllm.errors import StateRefusedError
 from tests.serve.openai_clients import ASKED, BLOCK, LETTERS, Clients, ai, ask, clients, own, texts
 from tests.serve.servers import LiveServer, assert_at_rest, running, until
 from tests.serve.surface import Live
@@ -151,6 +152,32 @@ def test_a_change_from_elsewhere_refuses_the_turn_at_its_end(tiny: Live, ai: Ope
     finally:
         tiny.services.turns.replace = replaced  # type: ignore[method-assign]
     assert texts(ai, talk.id) == []
+    assert_at_rest(tiny.server)
+
+
+@pytest.mark.parametrize("is_put_back", [True, False])
+def test_a_response_that_is_refused_takes_its_turn_along_or_says_where_it_is(
+    tiny: Live, ai: OpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_put_back: bool
+) -> None:
+    talk, turns = ai.conversations.create(), tiny.services.turns
+    first = ask(ai, "One.", conversation=talk.id, text=LETTERS)
+    replace_turn = turns.replace
+
+    async def refused(*_: Any) -> None:
+        if not is_put_back:
+            monkeypatch.setattr(turns, "replace", refused)
+        raise StateRefusedError("The object was not kept: the disk is full.")
+
+    monkeypatch.setattr(turns, "keep", refused)
+    answer = tiny.ask("/v1/responses", {**ASKED, "input": "Two.", "conversation": talk.id})
+    monkeypatch.setattr(turns, "replace", replace_turn)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "state_refused")
+    assert ("has the turn all the same" in answer.text) != is_put_back
+    assert ("stays in its conversation" in caplog.text) != is_put_back
+    assert len(texts(ai, talk.id)) == (2 if is_put_back else 4)
+    monkeypatch.undo()
+    again = ask(ai, "Three.", conversation=talk.id, text=LETTERS)
+    assert own(again)["reusable_tokens"] >= first.usage.total_tokens and own(again)["changed"] == []
     assert_at_rest(tiny.server)
 
 

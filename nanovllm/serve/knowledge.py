@@ -70,17 +70,16 @@ class Knowledge:
                 self._num_tokens -= len(self._passages.pop(key).token_ids)
 
     async def called(self, namespace: str, name: str) -> list[StateObject]:
-        """Documents of one namespace to be removed: all versions of a name, or the one of an id or `name@version`, and
-        those of which an earlier removal left something.
+        """Documents of one namespace to be removed: the one of an id or `name@version`, else all versions of a name, and
+        what an earlier removal left of them. An id goes before a name, as where a document is looked at.
 
         Raises StateNotFoundError where there is none.
         """
         found: list[StateObject] = await self.call("ls", namespace=namespace, kind=KIND, name=name)
         left: list[StateObject] = await self.call("leaving", state_id=name, namespace=namespace, kind=KIND)
-        own = [*left, *(obj for obj in found if obj.namespace == namespace)]
-        if not own:
-            obj = await self._find(name, namespace)
-            own = [obj] if obj.namespace == namespace else []
+        called = {obj.state_id: obj for obj in (*left, *found, *await self._of_id(name, namespace))}
+        meant = [called[name]] if name in called else called.values()
+        own = [obj for obj in meant if obj.namespace == namespace]
         if not own:
             raise _not_there(name, "name")
         return own
@@ -95,6 +94,14 @@ class Knowledge:
         if namespace == PUBLIC:
             return "" if self.shares_kv else None
         return engine_namespace(namespace)
+
+    async def _of_id(self, name: str, namespace: str) -> list[StateObject]:
+        """The document of which that is the id, if there is one."""
+        try:
+            obj = await self._find(name, namespace)
+        except StateNotFoundError:
+            return []
+        return [obj] if obj.state_id == name else []
 
     async def _find(self, name: str, namespace: str, param: str = "name") -> StateObject:
         try:

@@ -97,16 +97,16 @@ class Catalog:
         return self._disown(obj)
 
     def find(self, state_id: str, namespace: str | None = None, kind: str | None = None) -> StateObject:
-        """By id, or by name as `name` or `name@version`; of one kind, where that is named. Without a namespace: the
+        """By id, else by name as `name` or `name@version`; of one kind, where that is named. Without a namespace: the
         operator, who sees all by id.
 
         Raises StateNotFoundError, also for what belongs to another tenant.
         """
-        obj = self.objects.get(state_id) or self._by_name(state_id, namespace, kind)
-        is_seen = obj is not None and (namespace is None or KIND_TABLE[obj.kind].visible_to(obj, namespace))
-        if obj is None or not is_seen or kind not in (None, obj.kind):
-            raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
-        return obj
+        for obj in (self.objects.get(state_id), self._by_name(state_id, namespace, kind)):
+            is_seen = obj is not None and (namespace is None or KIND_TABLE[obj.kind].visible_to(obj, namespace))
+            if obj is not None and is_seen and kind in (None, obj.kind):
+                return obj
+        raise StateNotFoundError(f"There is no state {state_id!r:.80}.", param="state_id")
 
     def named(self, namespace: str, kind: str, name: str, version: str | None) -> StateObject | None:
         """The object of that name and version; the newest of that name where `version` is None."""

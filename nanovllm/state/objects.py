@@ -214,8 +214,9 @@ def check_state_id(state_id: object) -> str:
 
 
 def check_name(name: object, param: str) -> str:
-    """1 to 128 characters, no control character, no `@` (it stands between name and version)."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    """1 to 128 characters, no control character, no `@` (it stands between name and version), not `.` or `..`, which
+    clients take out of a URL's path."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
         raise InvalidRequestError(
             f"{param} must be 1 to {MAX_NAME} printable characters without '@', not {shown(name)}.", param=param
         )

@@ -166,6 +166,17 @@ def test_a_list_and_a_look(live: LiveServer) -> None:
     refused(live.ask("DELETE", f"{PATH}/list?scope=all"), 400, "invalid_request", "scope")
 
 
+def test_an_id_goes_before_a_name_for_every_method(live: LiveServer) -> None:
+    first = upload(live, "one", text="First.", wait=False)["state_id"]
+    second = upload(live, first, text="Second.", wait=False)["state_id"]
+    assert live.get(f"{PATH}/{first}").json["text"] == "First."
+    clear(live, first)
+    assert live.get(f"{PATH}/one").status == 404 and live.get(f"{PATH}/{second}").json["text"] == "Second."
+    assert live.get(f"{PATH}/{first}").json["text"] == "Second.", "only the name is left"
+    clear(live, first)
+    assert live.get(PATH).json["documents"] == []
+
+
 def test_new_look_ups_see_the_new_version_and_only_that(live: LiveServer) -> None:
     """The tokenizer is one of bytes: how long a prompt is tells which version it was made of."""
     acknowledged = [0]
@@ -340,6 +351,8 @@ def test_a_name_is_data(live: LiveServer, name: str, tmp_path_factory: pytest.Te
         ({"name": "a@b"}, 400, "invalid_request", "name"),
         ({"name": "a\nb"}, 400, "invalid_request", "name"),
         ({"name": "a\0b"}, 400, "invalid_request", "name"),
+        ({"name": "."}, 400, "invalid_request", "name"),
+        ({"name": ".."}, 400, "invalid_request", "name"),
         ({"version": "1@2"}, 400, "invalid_request", "version"),
         ({"text": ""}, 400, "invalid_request", "text"),
         ({"text": 7}, 400, "invalid_request", "text"),

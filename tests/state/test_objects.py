@@ -49,6 +49,8 @@ def test_ids_are_random_and_told_by_their_form() -> None:
         ("name", ""),
         ("name", "a" * 129),
         ("name", "a@b"),
+        ("name", "."),
+        ("version", ".."),
         ("name", "a\nb"),
         ("name", "\ud800"),
         ("namespace", "a/b"),
@@ -121,6 +123,8 @@ def test_an_id_may_be_a_name_and_a_text() -> None:
     second = store.put(first, {"name": first, "namespace": first})
     obj = store.find(second)
     assert store.get(second) == first and (obj.name, obj.namespace) == (first, first)
+    assert store.find(first, namespace=first) is obj, "the id is another tenant's, the name is one's own"
+    assert store.find(first).state_id == first
 
 
 def test_a_closed_store_says_so_whatever_it_is_asked() -> None:

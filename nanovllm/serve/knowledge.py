@@ -70,7 +70,7 @@ class Knowledge:
                 self._num_tokens -= len(self._passages.pop(key).token_ids)
 
     async def called(self, namespace: str, name: str) -> list[StateObject]:
-        """Documents of one namespace to be removed: the one of an id or `name@version`, else all versions of a name, and
+        """Documents of a namespace to be removed: the one of an id or `name@version`, else all versions of a name; and
         what an earlier removal left of them. An id goes before a name, as where a document is looked at.
 
         Raises StateNotFoundError where there is none.

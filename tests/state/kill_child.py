@@ -22,6 +22,7 @@ from tests.state.stores import SETTINGS, blocks_for, spill
 
 STEPS = 400
 DISK_BYTES = 2 << 20
+MOST_SESSIONS = 300  # half of what a tenant's texts may fill there
 
 
 def tell(**record: object) -> None:
@@ -40,22 +41,22 @@ def open_store(folder: Path, folder_class: type[Folder]) -> StateStore:
 def turn(store: StateStore, rng: random.Random, sessions: list[str], i: int) -> None:
     """One random change. `intend` names what may or may not be there after a kill."""
     choice = rng.random()
-    if choice < 0.3 or not sessions:
+    if not sessions or (choice < 0.3 and len(sessions) < MOST_SESSIONS):
         text = text_of(rng)
         tell(intend="put", text=text)
         state_id = store.put(Session([{"role": "user", "content": text}], [1, 2, 3]), {"name": f"s{i}"})
         tell(acked="put", id=state_id, text=text)
         sessions.append(state_id)
+    elif choice < 0.3 or 0.55 <= choice < 0.65:
+        state_id = sessions.pop(rng.randrange(len(sessions)))
+        tell(intend="drop", id=state_id)
+        store.drop(state_id)
+        tell(acked="drop", id=state_id)
     elif choice < 0.55:
         state_id, text = rng.choice(sessions), text_of(rng)
         tell(intend="update", id=state_id, text=text)
         store.update(state_id, Session([{"role": "user", "content": text}], [4, 5]))
         tell(acked="update", id=state_id, text=text)
-    elif choice < 0.65:
-        state_id = sessions.pop(rng.randrange(len(sessions)))
-        tell(intend="drop", id=state_id)
-        store.drop(state_id)
-        tell(acked="drop", id=state_id)
     elif choice < 0.95:
         tokens = [rng.randrange(50) for _ in range(40)]
         spill(store, blocks_for(store, tokens), "disk")

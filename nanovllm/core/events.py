@@ -125,7 +125,8 @@ class MoveEvent(NamedTuple):
 
     `load`: of a request's prefix (`done`, `partial`, `failed`; `refused`: computing was cheaper). `write`: behind the
     device, so many blocks in one go (`done`, `failed`). `failure`: the tier failed at something; the outcome is the
-    state of its breaker since then. `blocks` and `size_bytes` are what arrived.
+    state of its breaker since then. `blocks` and `size_bytes` are what arrived. `kinds`: of state, sorted, `+` between
+    them: a load or a write in one go may be of several.
     """
 
     seq: int
@@ -137,6 +138,7 @@ class MoveEvent(NamedTuple):
     size_bytes: int
     duration_ns: int
     outcome: str
+    kinds: str = ""
 
 
 Event = RequestEvent | StepEvent | WaitEvent | BlockEvent | MoveEvent
@@ -225,9 +227,10 @@ class EventBus:
         blocks: int = 0,
         size_bytes: int = 0,
         duration_ns: int = 0,
+        kinds: str = "",
     ) -> None:
         """Emit a `MoveEvent`."""
-        told = (move, tier, request_id, blocks, size_bytes, duration_ns, outcome)
+        told = (move, tier, request_id, blocks, size_bytes, duration_ns, outcome, kinds)
         self._append(MoveEvent(self._next_seq, self._clock.now_ns(), *told))
 
     def reader(self, *, from_start: bool = False) -> EventReader:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.config import STATE_LOADS
+from nanovllm.core.digest import Digest
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_costs import StepCosts
 from nanovllm.state.objects import KVBlock
@@ -36,6 +37,11 @@ class LoadPlan:
     compute_ms: float | None
     is_worth_it: bool
     reason: str
+
+    @property
+    def digests(self) -> list[Digest]:
+        """Of the blocks."""
+        return [block.digest for block in self.blocks]
 
     def detail(self, seq: Sequence, num_loaded: int) -> dict[str, Any]:
         """For the receipt."""
@@ -73,6 +79,13 @@ def plan_load(
         return options[-1]
     best = max(options, key=lambda plan: (plan.compute_ms or 0.0) - plan.load_ms)
     return best if best.is_worth_it else options[-1]
+
+
+def count_load(plane: Plane, plan: LoadPlan, num_loaded: int) -> None:
+    """Every block of a plan, counted under its own tier and kind: it came, it did not, or nobody went for it."""
+    for i, (block, tier) in enumerate(zip(plan.blocks, plan.tiers, strict=True)):
+        outcome = "load_refused" if not plan.is_worth_it else "loaded" if i < num_loaded else "not_loaded"
+        plane.places[tier].tally.wanted(plane.catalog.kind_of(block.digest), outcome)
 
 
 def ask_ms(cached: int, new: int, costs: StepCosts, mode: str) -> float:

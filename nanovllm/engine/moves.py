@@ -7,7 +7,11 @@ the steps; without a bus it costs a comparison; nothing exact is derived from th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from nanovllm.core.digest import Digest
 from nanovllm.core.events import EventBus
+from nanovllm.engine.load_plan import LoadPlan
 from nanovllm.state.mover import MILLISECOND, Transfer
 from nanovllm.state.place import Place
 from nanovllm.state.plane import Plane
@@ -18,35 +22,48 @@ class Moves:
 
     def __init__(self, events: EventBus | None, plane: Plane, block_bytes: int) -> None:
         self._events, self._plane, self._block_bytes = events, plane, block_bytes
-        self._failures = dict.fromkeys(plane.places, 0)
+        self._failures = {name: self._failures_of(place) for name, place in plane.places.items()}
 
-    def load(self, request_id: str, tier: str, num_loaded: int, num_wanted: int, started_ns: int) -> None:
-        """A load ended; `num_loaded` of `num_wanted` blocks came."""
-        outcome = "done" if num_loaded == num_wanted else "partial" if num_loaded else "failed"
-        self._tell("load", tier, outcome, num_loaded, self._plane.clock.now_ns() - started_ns, request_id)
+    def load(self, request_id: str, plan: LoadPlan, num_loaded: int, started_ns: int) -> None:
+        """A load ended; so many of the plan's blocks came. The tier is that of the first one."""
+        outcome = "done" if num_loaded == len(plan.blocks) else "partial" if num_loaded else "failed"
+        took_ns = self._plane.clock.now_ns() - started_ns
+        self._tell("load", plan.tiers[0], outcome, self._kinds(plan.digests), num_loaded, took_ns, request_id)
 
-    def refused(self, request_id: str, tier: str) -> None:
+    def refused(self, request_id: str, plan: LoadPlan) -> None:
         """A load was not begun: computing is cheaper."""
-        self._tell("load", tier, "refused", 0, 0, request_id)
+        self._tell("load", plan.tiers[0], "refused", self._kinds(plan.digests), request_id=request_id)
 
-    def written(self, tier: str, num_blocks: int, transfer: Transfer) -> None:
+    def written(self, tier: str, digests: Sequence[Digest], transfer: Transfer) -> None:
         """Blocks were written behind, or could not be."""
-        blocks = num_blocks if transfer.ok else 0
-        self._tell("write", tier, "done" if transfer.ok else "failed", blocks, int(transfer.ms * MILLISECOND))
+        blocks, outcome = (len(digests), "done") if transfer.ok else (0, "failed")
+        self._tell("write", tier, outcome, self._kinds(digests), blocks, int(transfer.ms * MILLISECOND))
 
     def watch(self) -> None:
         """Tell of tiers that failed since the last call."""
         for name, place in self._plane.places.items():
-            if place.counters.failures != self._failures[name]:
-                self._failures[name] = place.counters.failures
-                self._tell("failure", name, _worst(place), 0, 0)
+            if place.counters.failures != self._failures[name][""]:
+                before, now = self._failures[name], self._failures_of(place)
+                self._failures[name] = now
+                kinds = [kind for kind in now if kind and now[kind] != before.get(kind, 0)]
+                self._tell("failure", name, _worst(place), kinds)
 
-    def _tell(self, move: str, tier: str, outcome: str, blocks: int, duration_ns: int, request_id: str = "") -> None:
+    def _kinds(self, digests: Sequence[Digest]) -> Iterable[str]:
+        return () if self._events is None else {self._plane.catalog.kind_of(digest) for digest in digests}
+
+    def _tell(
+        self, move: str, tier: str, outcome: str, kinds: Iterable[str], blocks: int = 0, duration_ns: int = 0,
+        request_id: str = "",
+    ) -> None:  # fmt: skip
         if self._events is not None:
-            size = blocks * self._block_bytes
             self._events.move(
-                move, tier, outcome, request_id=request_id, blocks=blocks, size_bytes=size, duration_ns=duration_ns
-            )
+                move, tier, outcome, request_id=request_id, blocks=blocks, size_bytes=blocks * self._block_bytes,
+                duration_ns=duration_ns, kinds="+".join(sorted(kinds)),
+            )  # fmt: skip
+
+    def _failures_of(self, place: Place) -> dict[str, int]:
+        """By kind; under no name, all."""
+        return {"": place.counters.failures, **{kind: own.failures for kind, own in place.tally.kinds.items()}}
 
 
 def _worst(place: Place) -> str:

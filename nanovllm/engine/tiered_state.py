@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.device_state_tier import DeviceStateTier, store_namespace
 from nanovllm.engine.kv_state import Binding, DeviceState, Match, TransferReport
-from nanovllm.engine.load_plan import AUTO, NEVER, LoadPlan, ask_ms, blocks_below, plan_load
+from nanovllm.engine.load_plan import AUTO, NEVER, LoadPlan, ask_ms, blocks_below, count_load, plan_load
 from nanovllm.engine.moves import Moves
 from nanovllm.engine.prefix_index import Block
 from nanovllm.engine.sequence import Sequence
@@ -196,8 +196,9 @@ class TieredState(DeviceState):
             return None
         if not plan.is_worth_it and not lookups:
             self.counters.loads_refused += 1
+            count_load(plane, plan, 0)
             self._receipt(seq, plan, 0, now, plan.reason)
-            self.moves.refused(seq.request_id, plan.tiers[0])
+            self.moves.refused(seq.request_id, plan)
             return None
         self._generation += 1
         return PendingLoad(seq, self._generation, plan, first, now, lookups=lookups or None)
@@ -267,8 +268,9 @@ class TieredState(DeviceState):
             self.counters.loaded_tokens += load.num_done * size
             reason = load.plan.reason if is_whole else f"{wanted - load.num_done} of {wanted} blocks did not come"
             with self._harmless():
+                count_load(self.store.plane, load.plan, load.num_done)
                 self._receipt(load.seq, load.plan, load.num_done, load.started_ns, reason)
-                self.moves.load(load.seq.request_id, load.plan.tiers[0], load.num_done, wanted, load.started_ns)
+                self.moves.load(load.seq.request_id, load.plan, load.num_done, load.started_ns)
         came = Counter(load.plan.tiers[: load.num_done])
         tokens = {tier: count * size for tier, count in came.items()}
         is_ok = load.num_done > 0 or wanted == 0

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from nanovllm.core.digest import Digest
 from nanovllm.engine.device_state_tier import DeviceStateTier
 from nanovllm.engine.prefix_index import Block
 from nanovllm.state.mover import Transfer
@@ -52,7 +53,7 @@ class WriteBehind:
     def __init__(self, device: DeviceStateTier, store: StateStore, tiers: tuple[str, ...], bytes_per_step: int) -> None:
         self.tiers = tiers
         self.written_blocks = self.dropped_blocks = 0
-        self.on_written: Callable[[str, int, Transfer], None] = lambda tier, blocks, transfer: None
+        self.on_written: Callable[[str, list[Digest], Transfer], None] = lambda tier, digests, transfer: None
         self._device, self._store = device, store
         self._backlogs = {name: Backlog(store.plane.places[name]) for name in tiers}
         self._budget = self._eviction_budget = bytes_per_step
@@ -150,4 +151,5 @@ class WriteBehind:
             return
         self.written_blocks += len(pairs)
         backlog.writes.append(transfer)
-        after(transfer, lambda: self.on_written(backlog.place.name, len(pairs), transfer))
+        digests = [block.digest for block, _ in pairs]
+        after(transfer, lambda: self.on_written(backlog.place.name, digests, transfer))

@@ -38,7 +38,20 @@ PRIOR_STATES = ("cold", "warm")
 _NAMES = {StepEvent: "step", WaitEvent: "wait", BlockEvent: "block", MoveEvent: "move"}
 _KINDS: dict[str | None, type[Event]] = {None: RequestEvent, **{name: kind for kind, name in _NAMES.items()}}
 _TEXTS = frozenset(
-    {"request_id", "stage", "reason", "behind", "action", "medium", "digest", "parent", "move", "tier", "outcome"}
+    {
+        "request_id",
+        "stage",
+        "reason",
+        "behind",
+        "action",
+        "medium",
+        "digest",
+        "parent",
+        "move",
+        "tier",
+        "outcome",
+        "kinds",
+    }
 )
 _SETS: dict[str, tuple[str, ...]] = {
     "stage": STAGES,
@@ -49,7 +62,13 @@ _SETS: dict[str, tuple[str, ...]] = {
     "prior_state": PRIOR_STATES,
 }
 _NOT_WRITTEN = frozenset({"token_ids"})
-_LEFT_OUT: dict[str, object] = {"tokens": 0, "sample": 0, "block_ns": None, "medium": "device"}  # where they say this
+_LEFT_OUT: dict[str, object] = {
+    "tokens": 0,
+    "sample": 0,
+    "block_ns": None,
+    "medium": "device",
+    "kinds": "",
+}  # where they say this
 MAX_INT = 2**63 - 1
 
 

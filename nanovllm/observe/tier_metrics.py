@@ -34,6 +34,11 @@ class Row:
 COUNTERS: dict[str, tuple[str, str, dict[str, str]]] = {  # name: text, third label, its words by the fact they are of
     "state_tier_reads": ("Pieces asked of a tier.", "outcome", {"hits": "hit", "misses": "miss", "corrupt": "corrupt"}),
     "state_tier_bytes": ("Bytes moved.", "direction", {"bytes_read": "read", "bytes_written": "written"}),
+    "state_load_blocks": (
+        "Blocks that requests wanted from a tier.",
+        "outcome",
+        {"loaded": "loaded", "not_loaded": "failed", "load_refused": "refused"},
+    ),
     "state_tier_evictions": ("Pieces a policy let go.", "outcome", {"evicted": "evicted", "demoted": "moved_down"}),
 }
 

@@ -11,12 +11,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-OF_A_KIND = ("hits", "misses", "bytes_read", "bytes_written", "failures", "corrupt", "evicted", "demoted")
+OF_A_KIND = ("hits", "misses", "bytes_read", "bytes_written", "failures", "corrupt", "evicted", "demoted", "loaded",
+             "not_loaded", "load_refused")  # fmt: skip
+LOADS = OF_A_KIND[-3:]
 
 
 @dataclass
 class Counters:
-    """The sums. `hits`, `misses`, `corrupt`, `evicted` and `demoted` are pieces: a block, or an object's text."""
+    """The sums. `hits`, `misses`, `corrupt`, `evicted` and `demoted` are pieces: a block, or an object's text.
+
+    `loaded`, `not_loaded` and `load_refused` are blocks that an engine wanted for a request: they came, did not come,
+    or computing was cheaper.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -30,6 +36,9 @@ class Counters:
     evicted: int = 0
     evicted_bytes: int = 0
     demoted: int = 0
+    loaded: int = 0
+    not_loaded: int = 0
+    load_refused: int = 0
     corrupt_by_reason: dict[str, int] = field(default_factory=dict)
 
 
@@ -72,6 +81,11 @@ class Tally:
         """What went was copied to a lower tier first."""
         for counters in self._of((kind,)):
             counters.demoted += 1
+
+    def wanted(self, kind: str, outcome: str) -> None:
+        """A block was wanted for a request, with an outcome of `LOADS`."""
+        for counters in self._of((kind,)):
+            setattr(counters, outcome, getattr(counters, outcome) + 1)
 
     def by_kind(self) -> dict[str, dict[str, int]]:
         """What has a kind, by kind."""

@@ -13,6 +13,8 @@ from nanovllm.core.events import MoveEvent
 from nanovllm.engine.integrity import check_blocks
 from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.errors import StateNotFoundError
+from nanovllm.state.counters import LOADS
+from nanovllm.state.objects import Session
 from nanovllm.state.receipts import Receipt
 from tests.engine.helpers import answer, greedy
 from tests.engine.state_bench import SIZE, StateBench
@@ -272,6 +274,7 @@ def test_a_load_starts_only_where_it_is_cheaper_and_the_receipt_has_both_estimat
     assert receipt.detail["estimated_load_ms"] > 0
     assert bench.state.counters.loads_refused == (not loads_it)
     assert [event.outcome for event in moves(bench, "load")] == ["done" if loads_it else "refused"]
+    assert wanted(bench, "kv") == ([7, 0, 0] if loads_it else [0, 0, 7])
 
 
 @pytest.mark.parametrize(("cellar_bytes_per_ms", "tiers"), [(1.0, {"host": 12}), (1e6, {"host": 12, "cellar": 16})])
@@ -295,6 +298,12 @@ def moves(bench: StateBench, move: str) -> list[MoveEvent]:
     return [event for event in events if isinstance(event, MoveEvent) and event.move == move]
 
 
+def wanted(bench: StateBench, kind: str) -> list[int]:
+    """Blocks of that kind that came from the cellar, did not come, or were refused."""
+    counters = bench.store.plane.places["cellar"].tally.kinds[kind]
+    return [getattr(counters, outcome) for outcome in LOADS]
+
+
 def test_what_moved_is_told_as_events() -> None:
     bench = warm()
     size = bench.state.device.block_bytes
@@ -303,11 +312,15 @@ def test_what_moved_is_told_as_events() -> None:
     request_id = bench.engine.add_request(PROMPT, greedy(1))
     bench.bench.drain()
     (load,) = moves(bench, "load")
-    assert load[3:7] == ("cellar", request_id, 7, 7 * size) and load.outcome == "done"
+    assert load[3:7] == ("cellar", request_id, 7, 7 * size) and load.outcome == "done" and load.kinds == "kv"
+    assert {event.kinds for event in moves(bench, "write")} == {"kv"} and wanted(bench, "kv") == [7, 0, 0]
+    bench.store.put(Session([{"role": "user", "content": "hi"}], PROMPT[:8]))  # what a session owns is a session's
     bench.forget_device()
     bench.cellar.drop([bench.store.plane.chain_of(PROMPT, "default")[2]])
     bench.run(PROMPT, greedy(1))
     assert (moves(bench, "load")[1].blocks, moves(bench, "load")[1].outcome) == (2, "partial")
+    assert moves(bench, "load")[1].kinds == "kv+session"
+    assert (wanted(bench, "kv"), wanted(bench, "session")) == ([7, 5, 0], [2, 0, 0])
     assert not moves(bench, "failure")
 
 
@@ -322,6 +335,7 @@ def test_a_tier_that_fails_is_told_once_a_step_and_how_it_is_left() -> None:
         told[0] == "closed" and told[-1] == "open" and len(told) <= bench.store.plane.places["cellar"].counters.failures
     )
     assert {event.outcome for event in moves(bench, "write")} == {"failed"}
+    assert {event.kinds for event in moves(bench, "failure")} == {"kv"}
 
 
 # -- all of it at once ---------------------------------------------------------------------------------

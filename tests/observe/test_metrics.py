@@ -68,6 +68,7 @@ OTHERS = {
     "state_tier_quota_bytes": ("gauge", {"tier"}),
     "state_tier_reads_total": ("counter", {"tier", "kind", "outcome"}),
     "state_tier_bytes_total": ("counter", {"tier", "kind", "direction"}),
+    "state_load_blocks_total": ("counter", {"tier", "kind", "outcome"}),
     "state_tier_evictions_total": ("counter", {"tier", "kind", "outcome"}),
     "state_tier_failures_total": ("counter", {"tier", "kind"}),
     "tier_breaker_state": ("gauge", {"tier", "direction"}),

@@ -36,7 +36,9 @@ EVENTS = st.one_of(
     st.builds(RequestEvent, *[numbers] * 2, ids, st.sampled_from(STAGES), *[numbers] * 6),
     st.builds(StepEvent, *[numbers] * 11, st.none() | st.tuples(*[numbers] * 4)),
     st.builds(WaitEvent, *[numbers] * 2, ids, st.sampled_from(WAIT_REASONS), *[numbers] * 3, ids),
-    st.builds(MoveEvent, *[numbers] * 2, st.sampled_from(MOVES), ids, ids, *[numbers] * 3, st.sampled_from(OUTCOMES)),
+    st.builds(
+        MoveEvent, *[numbers] * 2, st.sampled_from(MOVES), ids, ids, *[numbers] * 3, st.sampled_from(OUTCOMES), ids
+    ),
     st.builds(BlockEvent, *[numbers] * 2, ids, digests, digests, numbers, ids, st.none()),
 )
 

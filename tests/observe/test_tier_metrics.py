@@ -38,6 +38,8 @@ def test_bytes_reads_and_failures_by_tier_and_kind(tmp_path: Path, monkeypatch: 
         disk = llm.state_store.plane.places["disk"]
         assert shown["state_tier_reads"].values["disk", "kv", "hit"] == 17
         assert shown["state_tier_bytes"].values["disk", "kv", "read"] == 17 * 2048
+        assert shown["state_load_blocks"].values["disk", "kv", "loaded"] == 17
+        assert sum(shown["state_load_blocks"].values.values()) == 17
         held = shown["state_tier_held_bytes"].values
         assert held["disk", "knowledge"] > 0 < held["disk", "kv"] and held["disk", "session"] == 0
         assert shown["state_tier_quota_bytes"].values["disk",] == disk.tier.quota_bytes
@@ -61,9 +63,10 @@ def test_bytes_reads_and_failures_by_tier_and_kind(tmp_path: Path, monkeypatch: 
         llm.generate([PROMPT], GREEDY)
         shown = page(metrics, tiers(llm))
     assert shown["state_tier_reads"].values["disk", "kv", "hit"] == 34
+    assert shown["state_load_blocks"].values["disk", "kv", "loaded"] == 34
     assert shown["state_tier_failures"].values == before["state_tier_failures"].values
     assert all(row.values.keys() == before[name].values.keys() for name, row in shown.items()), "no label comes later"
-    assert sum(len(row.values) for row in shown.values()) < 40 * len(tiers_of(shown))
+    assert sum(len(row.values) for row in shown.values()) < 60 * len(tiers_of(shown))
 
 
 def tiers_of(shown: dict[str, Row]) -> set[str]:

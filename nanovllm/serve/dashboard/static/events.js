@@ -76,10 +76,11 @@ function lineOf(event) {
 /** KV that moved between the device and a tier, or a tier that failed. */
 function moveLine(event) {
   const what = event.move === "failure" ? `${event.tier} failed` : `${event.move}, ${event.tier}`;
+  const kinds = event.kinds ? ` (${event.kinds})` : "";
   const moved = `${count(event.blocks)} blocks, ${size(event.size_bytes)} in ${millis(event.duration_ns / 1e6)}`;
   const words = { refused: "computing is cheaper", failed: "nothing came", partial: `${moved}; not all came`, done: moved, open: "it is left alone", half_open: "it is tried again", closed: "it stays in use" };
   const kind = event.move === "failure" || event.outcome === "failed" ? "bad" : "loading";
-  const detail = words[event.outcome] ?? event.outcome;
+  const detail = (words[event.outcome] ?? event.outcome) + kinds;
   return { event, what, detail, kind, text: `${event.request_id} ${what} ${detail} ${event.outcome}`.toLowerCase() };
 }
 

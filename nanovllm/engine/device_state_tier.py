@@ -93,6 +93,12 @@ class DeviceStateTier:
         """Give it back; a second call does nothing."""
         self.manager.release(lease)
 
+    def parent_of(self, digest: bytes) -> bytes | None:
+        """The block it stands behind, b"" of a first one; None where that, or the block itself, is not here."""
+        block = self.manager.index.holder_of(digest)
+        named = None if block is None else self.describe(block)
+        return None if named is None else named.parent or b""
+
     def evictable(self) -> list[KVBlock]:
         """The blocks that nobody holds and that can be named, the next to go first."""
         free = (self.manager.blocks[i] for i in self.manager.free_block_ids.cached_ids())

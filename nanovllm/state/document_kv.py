@@ -7,9 +7,8 @@ keeps none of it; the object is struck out already, and bytes that cannot be rea
 
 from __future__ import annotations
 
-import msgspec
-
 from nanovllm.core.digest import Digest
+from nanovllm.state.hinted import take_from_hints
 from nanovllm.state.objects import PUBLIC, StateObject
 from nanovllm.state.payload import decode
 from nanovllm.state.plane import Plane
@@ -30,7 +29,7 @@ def left_of(plane: Plane, obj: StateObject) -> Steps[list[Digest]]:
     keys = {key: None for chain in chains for key in chain}
     objects = plane.catalog.objects
     left = [key for key in keys if all(objects[owner].is_hint for owner in plane.catalog.owners(key))]
-    _take_from_hints(plane, left)
+    take_from_hints(plane, left)
     return left
 
 
@@ -40,12 +39,3 @@ def _namespaces(plane: Plane, obj: StateObject) -> set[str]:
         return {obj.chain_namespace}
     found = {entry.namespace for entry in plane.catalog.entries.values() if entry.home is None}
     return found | {obj.chain_namespace} | (set() if plane.device is None else plane.device.namespaces())
-
-
-def _take_from_hints(plane: Plane, keys: list[Digest]) -> None:
-    """These blocks are nobody's from now on."""
-    gone, size = set(keys), plane.settings.block_size
-    for state_id in {owner for key in keys for owner in plane.catalog.owners(key)}:
-        hint = plane.catalog.objects[state_id]
-        rest = tuple(key for key in hint.chain if key not in gone)
-        plane.catalog.change(msgspec.structs.replace(hint, chain=rest, num_tokens=len(rest) * size))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import msgspec
 
@@ -41,6 +42,7 @@ class Hints:
             self._next[owner] = _joined(chain, self._next.get(owner, ()), self.plane.settings.hint_blocks)
             return
         old = self.plane.catalog.named(namespace, SESSION, owner[1], None)
+        chain = tuple(takewhile(lambda key: not self.plane.is_condemned(key), chain))  # else it brought back what goes
         if not chain or (old is not None and not old.is_hint):
             return
         if old is None:

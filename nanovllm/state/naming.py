@@ -21,6 +21,7 @@ from nanovllm.errors import (
 )
 from nanovllm.state.debts import DEVICE
 from nanovllm.state.document_kv import left_of
+from nanovllm.state.hinted import left_to_hints
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.objects import (
     KVBlock,
@@ -190,9 +191,9 @@ class Naming:
         return (yield from self.storing.steps(self.storing.begin(pending, payload, must=metadata.durable is True)))
 
     def drop(self, obj: StateObject, reason: str) -> Steps[Receipt]:
-        """Out of every tier: its text, and the blocks that only it owned; of a document those that others computed of
-        it, too. Its id and name find nothing from the first step on; the receipt comes when the bytes are gone. Where a
-        tier kept some, another drop tries them again."""
+        """Out of every tier: its text, and the blocks that only it, or hints beside it, owned; of a document those that
+        others computed of it, too. Its id and name find nothing from the first step on; the receipt comes when the
+        bytes are gone. Where a tier kept some, another drop tries them again."""
         started = self.plane.clock.now_ns()
         condemned = self.plane.debts.keys_of(obj)
         if obj.state_id in self.plane.catalog.objects:
@@ -216,7 +217,8 @@ class Naming:
         """Nobody finds it from here on; the keys of all that goes with it."""
         self.let_go(obj.state_id)
         alone = self.plane.catalog.remove(obj)
-        left = (yield from left_of(self.plane, obj)) if obj.kind == KNOWLEDGE else []
+        is_document = obj.kind == KNOWLEDGE
+        left = (yield from left_of(self.plane, obj)) if is_document else left_to_hints(self.plane, obj)
         return list(dict.fromkeys((*alone, *left)))
 
     def drop_soon(self, obj: StateObject, reason: str) -> None:

@@ -21,6 +21,7 @@ from nanovllm.core.digest import Digest
 from nanovllm.errors import NanoVLLMError, StateConflictError, StateNotFoundError, StateRefusedError
 from nanovllm.state.catalog import Entry
 from nanovllm.state.envelope import Label, seal
+from nanovllm.state.hinted import left_to_hints
 from nanovllm.state.kinds.table import KIND_TABLE
 from nanovllm.state.mover import Transfer
 from nanovllm.state.objects import StateId, StateObject
@@ -134,7 +135,7 @@ class Storing:
             displaced = self.plane.catalog.add(new)
         else:
             old = self.plane.catalog.objects[new.state_id]  # maybe with another chain than when this began
-            alone = self.plane.catalog.change(new)
+            alone = [*self.plane.catalog.change(new), *left_to_hints(self.plane, old)]
             left = [old.payload_key] if new.is_hint else alone  # a hint's blocks were anybody's before, and are again
             removals = self.plane.abandon(left)
             self.plane.rekind(old.chain)

@@ -63,6 +63,9 @@ class FakeDevice:
             self.holds_on[digest] -= 1
             assert self.holds_on[digest] >= 0
 
+    def parent_of(self, digest: bytes) -> bytes | None:
+        return self.blocks[digest][0].parent or b"" if digest in self.blocks else None
+
     def evictable(self) -> list[KVBlock]:
         parents = {block.parent for block, _ in self.blocks.values()}
         return [b for b, _ in self.blocks.values() if not self.holds_on.get(b.digest) and b.digest not in parents]

@@ -93,6 +93,72 @@ def test_the_conversation_of_that_name_is_left_alone_and_takes_a_hints_place(tmp
     store.close()
 
 
+@pytest.mark.parametrize("where", ["disk", "device"])
+@pytest.mark.parametrize("other", [None, "response", "kv", "tenant"])
+def test_a_dropped_conversation_leaves_nothing_to_a_hint_but_what_others_own(
+    tmp_path: Path, where: str, other: str | None
+) -> None:
+    """Neither its blocks nor what the hint's requests computed behind them; its other requests stay."""
+    here, settings = world(tmp_path)
+    device = FakeDevice(num_blocks=32)
+    store = here.open(settings=settings, device=device)
+    longer, apart = [*TOKENS, 77, 78, 79, 80], [5, *TOKENS]
+    for tokens in (longer, apart):
+        if where == "disk":
+            spill(store, blocks_for(store, tokens, "a"), "disk")
+        else:
+            device.compute(blocks_for(store, tokens, "a"))
+    talk = store.put(Session([], TOKENS[:8]), {"namespace": "a"})
+    store.note_session("hint", "a", chain_of(store, apart))
+    store.note_session("hint", "a", chain_of(store, longer))
+    if other == "response":
+        store.put(Session([], TOKENS[:4]), {"namespace": "a"})
+    elif other == "kv":
+        store.put(longer, {"kind": "kv", "namespace": "a"})
+    elif other == "tenant":
+        store.note_session("theirs", "b", chain_of(store, TOKENS))
+    assert store.drop(talk).ok
+    store.tick()
+    kept = {None: 0, "response": 4, "kv": 16, "tenant": 12}[other]
+    assert store.match(longer, "a").num_tokens == kept and store.match(apart, "a").num_tokens == 12
+    chain = chain_of(store, longer)
+    assert [device.holds(key) or key in store.plane.catalog.entries for key in chain].count(True) == kept // 4
+    assert set(store.find("hint", "a").chain) == {*chain_of(store, apart), *chain[: kept // 4]} - (
+        {*chain} if other == "tenant" else set()
+    )
+    check_books(store)
+    store.close()
+
+
+def test_what_a_conversation_names_no_more_is_left_to_no_hint(tmp_path: Path) -> None:
+    here, settings = world(tmp_path)
+    store = here.open(settings=settings)
+    spill(store, blocks_for(store, TOKENS, "a"), "disk")
+    talk = store.put(Session([], TOKENS), {"namespace": "a"})
+    store.note_session("hint", "a", chain_of(store, TOKENS))
+    store.update(talk, Session([], TOKENS[:4]))
+    assert store.match(TOKENS, "a").num_tokens == 4 == store.find("hint", "a").num_tokens
+    check_books(store)
+    store.close()
+
+
+def test_a_hint_does_not_bring_back_what_goes_when_its_request_ends(tmp_path: Path) -> None:
+    here, settings = world(tmp_path)
+    device = FakeDevice()
+    store = here.open(settings=settings, device=device)
+    device.compute(blocks_for(store, TOKENS, "a"))
+    talk = store.put(Session([], TOKENS[:8]), {"namespace": "a"})
+    chain = chain_of(store, TOKENS)
+    lease = device.hold(list(chain), "sequence")
+    assert store.drop(talk).detail["blocks_in_use"] == 2
+    store.note_session("hint", "a", chain)
+    assert not store.ls("a")
+    device.release(lease)  # type: ignore[arg-type]
+    store.tick()
+    assert not any(device.holds(digest) for digest in chain[:2])
+    store.close()
+
+
 def test_records_are_bounded_and_strange_names_have_a_sum(tmp_path: Path) -> None:
     here, settings = world(tmp_path, hints_per_namespace=3)
     store = here.open(settings=settings)

@@ -68,6 +68,10 @@ class DeviceTier(Protocol):
         """Give it back."""
         ...
 
+    def parent_of(self, digest: bytes) -> bytes | None:
+        """The block it stands behind, b"" of a first one; None where that, or the block itself, is not here."""
+        ...
+
     def evictable(self) -> Sequence[KVBlock]:
         """The blocks that nobody holds, the next to go first."""
         ...

@@ -43,6 +43,12 @@ class PowerLoss:
 
         return Watched
 
+    def write_back(self, folder: Path) -> None:
+        """What the kernel does on its own from time to time, of files that nobody synced."""
+        files = [file for file in folder.iterdir() if file.is_file()]
+        self.contents |= {file.lstat().st_ino: file.read_bytes() for file in files}
+        self.names[folder] = {file.name: file.lstat().st_ino for file in files}
+
     def strike(self, path: Path, after: Path, rng: random.Random | None, *, keep_ledger: bool) -> None:
         """Make `after` the folder as the disk would hold it. Without `rng` nothing unsynced survives; with it, some."""
         after.mkdir(mode=0o700)

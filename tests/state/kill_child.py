@@ -44,8 +44,10 @@ def turn(store: StateStore, rng: random.Random, sessions: list[str], i: int) -> 
     if not sessions or (choice < 0.3 and len(sessions) < MOST_SESSIONS):
         text = text_of(rng)
         tell(intend="put", text=text)
-        state_id = store.put(Session([{"role": "user", "content": text}], [1, 2, 3]), {"name": f"s{i}"})
+        tokens = [rng.randrange(50) for _ in range(11)]
+        state_id = store.put(Session([{"role": "user", "content": text}], tokens), {"name": f"s{i}"})
         tell(acked="put", id=state_id, text=text)
+        spill(store, blocks_for(store, tokens), "disk")
         sessions.append(state_id)
     elif choice < 0.3 or 0.55 <= choice < 0.65:
         state_id = sessions.pop(rng.randrange(len(sessions)))

@@ -235,13 +235,6 @@ def test_bit_flips_are_misses(tmp_path: Path, flips: int) -> None:
     assert lost > 0  # the flips did hit
 
 
-def write_back(tier: DiskTier) -> None:
-    """What the kernel does on its own from time to time: pages of segments, that nobody synced, go to the disk."""
-    for segment in tier.segments._segments.values():
-        tier.segments.folder.sync(segment.fd)
-    tier.segments.folder.sync_names()
-
-
 @pytest.mark.parametrize("examples", [6, pytest.param(1000, marks=LONG)])
 @pytest.mark.parametrize("keep_ledger", [True, False])
 def test_what_was_acknowledged_survives_a_power_loss(tmp_path: Path, examples: int, keep_ledger: bool) -> None:
@@ -261,7 +254,7 @@ def test_what_was_acknowledged_survives_a_power_loss(tmp_path: Path, examples: i
                 group.append(item(key, payload, durable=is_durable))
             tier.write(group)
             if rng.random() < 0.3:
-                write_back(tier)
+                power.write_back(before / "kv")
             for held in (durable, volatile):
                 if held and rng.random() < 0.2:
                     gone = rng.choice(list(held))
@@ -286,7 +279,7 @@ def test_a_scrubbed_block_does_not_come_back_after_a_power_loss(tmp_path: Path, 
     tier = DiskTier(tmp_path / "a", 4 * MIB, folder_class=power.folder_class())
     list(tier.scan())
     tier.write([item(KEYS[0], secret), *(item(key, bytes(3000)) for key in KEYS[1:])])
-    write_back(tier)
+    power.write_back(tmp_path / "a" / "kv")
     if is_rewritten:
         tier.segments._rewrite(1)
     tier.drop([KEYS[0]], scrub=True)

@@ -46,12 +46,12 @@ class Debts:
 
     def remember(self, obj: StateObject, keys: list[bytes]) -> None:
         """Its removal was refused by a tier: whoever asks for it again is told so until all is gone."""
-        self._leaving[obj.state_id] = Leaving(obj, [*self.keys_of(obj), *keys])
+        self._leaving[obj.state_id] = Leaving(obj, list(dict.fromkeys((*self.keys_of(obj), *keys))))
 
     def keys_of(self, obj: StateObject) -> list[bytes]:
         """What had to go with a dropped object, or with an older generation of it, and did not go everywhere."""
         leaving = self._leaving.get(obj.state_id)
-        return [] if leaving is None else leaving.keys
+        return [] if leaving is None else [*leaving.keys]
 
     def leaving(self, called: str, namespace: str | None, kind: str | None) -> list[StateObject]:
         """Dropped objects of that id, name or `name@version` of which bytes are left; all tenants' for the operator."""

@@ -231,13 +231,14 @@ class Plane:
     def pay_debts(self) -> None:
         """Try again what tiers did not remove, but for what was written there anew."""
         if self.device is not None and self.debts.by_tier[DEVICE]:
-            owed = [key for key in self.debts.by_tier[DEVICE] if not self.catalog.owners(key)]
-            self.debts.by_tier[DEVICE] = {k for k in owed if self.device.holds(k) and not self.device.discard(k)}
+            unowned = [key for key in self.debts.by_tier[DEVICE] if not self.catalog.owners(key)]
+            self.debts.by_tier[DEVICE] = {k for k in unowned if self.device.holds(k) and not self.device.discard(k)}
         for name, place in self.places.items():
-            owed = [*self.debts.by_tier[name]]
+            owed = self.debts.by_tier[name]
             if owed and place.writes.state != "open" and (place.payment is None or place.payment.done):
                 self.debts.settle(name, [key for key in owed if self._is_wanted(place, key)])
-                place.payment = self._remove(place, [*self.debts.by_tier[name]], scrub=True)
+                if owed:
+                    place.payment = self._remove(place, [*owed], scrub=True)
 
     def receipt(
         self,

@@ -75,10 +75,15 @@ def test_a_second_drop_tries_what_the_first_one_left(
 
         monkeypatch.setattr(disk, "drop", fail)
         name = str(kept) if called == "id" else "vault"
-        for _ in range(2):
-            assert not store.drop(name, namespace="a").ok
+        receipts = []
+        for _ in range(4):
+            receipts.append(store.drop(name, namespace="a"))
+            assert not receipts[-1].ok
             with pytest.raises(StateNotFoundError):
                 store.get(name, namespace="a")
+        (left,) = store.leaving(name)
+        assert len(store.plane.debts.keys_of(left)) == receipts[0].detail["keys"]  # a try adds nothing to what is owed
+        assert len({receipt.detail["keys"] for receipt in receipts}) == 1
         with pytest.raises(StateNotFoundError):
             store.drop(name, namespace="b")  # another tenant is not told that there was anything
         assert [str(obj.state_id) for obj in store.leaving(name)] == [kept] and not store.leaving(name, "b")

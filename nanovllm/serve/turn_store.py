@@ -44,6 +44,10 @@ _FORMS = {RESPONSE: re.compile(r"resp_[0-9a-f]{48}"), CONVERSATION: re.compile(r
 FEWER = "Delete responses or conversations, or send store: false."
 DELETE_IT = "Ask again, or DELETE it: what is left of it goes, and so does its name."
 REST = "Nobody finds it any more. The rest is tried again while the server runs; another DELETE tries it now."
+REST_OF_ITEM = (
+    "The conversation is without it. The rest is tried again while the server runs; "
+    "DELETE of the conversation tries it now."
+)
 STATE_S = 60.0  # for one call on the state; a tier's own deadlines are seconds
 
 
@@ -167,7 +171,7 @@ class TurnStore:
             ) from None
         except (StateRefusedError, InvalidRequestError) as error:
             raise _in_our_words(error) from None
-        check_removed(receipt)
+        check_removed(receipt, hint=REST_OF_ITEM)
 
     async def put_back(self, tenant: Tenant, kept: Kept) -> bool:
         """What a conversation held before its last `replace`, as one more generation; whether it could be written."""
@@ -226,12 +230,12 @@ class TurnStore:
             raise DeadlineError(f"The state did not answer within {STATE_S:g} s.") from None
 
 
-def check_removed(*receipts: Receipt) -> None:
+def check_removed(*receipts: Receipt, hint: str = REST) -> None:
     """Raise TierError unless all of it is gone: only then a deletion may be acknowledged."""
     failed = [receipt for receipt in receipts if not receipt.ok]
     if failed:
         kind = TierFullError if any(receipt.detail.get("is_full") for receipt in failed) else TierError
-        raise kind("It is not removed everywhere yet.", hint=REST)
+        raise kind("It is not removed everywhere yet.", hint=hint)
 
 
 def _named(tenant: Tenant, kind: str, given: str, param: str) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def test_what_a_tier_did_not_remove_is_not_acknowledged(
         monkeypatch.setattr(disk, "drop", fail)
         answer = live.ask("DELETE", f"{paths[1]}/items/{item}")
         assert (answer.status, answer.code) == (status, code), answer.body
+        assert b"DELETE of the conversation tries it now" in answer.body
         assert live.get(f"{paths[1]}/items").json["data"] == []
         for path in paths:
             answer = live.ask("DELETE", path)

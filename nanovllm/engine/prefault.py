@@ -1,7 +1,7 @@
 """Prefault: the KV pool's pages taken from the system while the weights are loaded, not by the first requests.
 
-A page costs time when it is first written: of a GiB 0.15 s where pages are large and the machine is real, 2.5 s in a
-virtual machine whose host takes back what lies unused (dev/LOG.md); the first prompts would pay for it. Loading weights
+A page costs time when it is first written: 0.14 s a GiB of large pages where the memory is at hand, 2.6 s in a virtual
+machine whose host takes back what lies unused (dev/LOG.md); the first prompts would pay for it. Loading weights
 is one thread's work, so the other core is free for it.
 What it knows nothing about: blocks. Invariants: no byte changes; the thread has ended when the context has; a system
 without the call (Linux before 5.14, others) goes on without it.

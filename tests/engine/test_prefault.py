@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 
 from nanovllm.engine import prefault
 from nanovllm.engine.prefault import PIECE_BYTES, prefaulting
 
-PAGES = 1 << 14  # at the ends, which others may share
+
+def own_pages(size: int) -> torch.Tensor:
+    """`size` bytes of untouched pages: an allocator may hand out, and zero, memory that was in use before."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def resident_bytes(tensor: torch.Tensor) -> int:
     """What of a tensor's memory the system has given so far."""
-    middle, found, size = tensor.data_ptr() + tensor.nbytes // 2, False, 0  # numpy sets its first page apart
-    with open("/proc/self/smaps", encoding="ascii") as lines:
-        for line in lines:
-            head = line.split()[0]
-            if "-" in head and not head.endswith(":"):
-                start, end = (int(part, 16) for part in head.split("-"))
-                found = start <= middle < end
-            elif found and head == "Rss:":
-                size = int(line.split()[1]) * 1024
-    return size
+    flags = (ctypes.c_ubyte * (tensor.nbytes // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), flags) == 0
+    return sum(flag & 1 for flag in flags) * mmap.PAGESIZE
 
 
 def test_pages_are_taken_and_no_byte_changes() -> None:
-    pool = torch.from_numpy(np.zeros(4 * PIECE_BYTES, np.uint8))
+    pool = own_pages(4 * PIECE_BYTES)
     pool[5] = 7
-    before = resident_bytes(pool)
+    assert resident_bytes(pool) < PIECE_BYTES
     with prefaulting(pool):
         deadline = time.monotonic() + 30
-        while resident_bytes(pool) < 4 * PIECE_BYTES - PAGES and time.monotonic() < deadline:
+        while resident_bytes(pool) < pool.nbytes and time.monotonic() < deadline:
             pool[2 * PIECE_BYTES] = 9  # as somebody who uses it already
             time.sleep(0.01)
-    assert before < PIECE_BYTES < 4 * PIECE_BYTES - PAGES <= resident_bytes(pool)
+    assert resident_bytes(pool) == pool.nbytes
     assert pool[5] == 7 and pool[2 * PIECE_BYTES] == 9 and int(pool.sum(dtype=torch.int64)) == 16
 
 

@@ -105,16 +105,6 @@ static void find_keys(const step_args *a, int64_t s, int64_t g, int64_t first, i
 
 #include "decode.h"
 
-static void attend(const job *j, int64_t item) {
-    const step_args *a = j->args;
-    int64_t unit = item / a->kv_heads, g = item % a->kv_heads;
-    int heads = (int)(a->heads / a->kv_heads);
-#define CASE(H, D) \
-    if (heads == H && a->dim == D) return attend_unit(a, unit, g, H, D);
-    CASE(1, 64) CASE(2, 64) CASE(3, 64) CASE(4, 64) CASE(7, 64) CASE(2, 128) CASE(3, 128) CASE(4, 128)
-    attend_unit(a, unit, g, heads, (int)a->dim);
-}
-
 /* The chunks of one head of one sequence, in order: each counts by its weight at the common largest score. */
 static void merge(const job *j, int64_t item) {
     const step_args *a = j->args;
@@ -144,6 +134,6 @@ void attend_layer(const step_args *a) {
     parallel_fn few = a->num_tokens >= 8 ? a->parallel : 0;
     for_each(rotate_and_store_token, a, a->num_tokens, few, (int)a->threads);
     for_each(attend_tile, a, a->num_tiles * a->kv_heads, a->parallel, (int)a->threads);
-    for_each(attend, a, a->num_units * a->kv_heads, a->parallel, (int)a->threads);
+    attend(a);
     for_each(merge, a, a->num_decodes * a->heads, few, (int)a->threads);
 }

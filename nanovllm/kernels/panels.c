@@ -15,16 +15,20 @@
 #define VECS 2
 #endif
 #define WIDE (VECS * LANES)
+#define LINES (WIDE * sizeof(word) / 64) /* of memory, in one word of a panel's depth */
 #define BLOCK 240 /* rows of one item of work, which meet all panels before the next ones: a cache holds them */
 
-/* y[r][o] of one band and one panel. `rows` is a constant wherever this is called. */
-INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, const int rows) {
+/* y[r][o] of one band and one panel; from `ahead` on memory is asked for, `lines` for each word. `rows` and `lines` are
+ * constants wherever this is called. */
+INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, const char *ahead, const int lines,
+                          const int rows) {
     int64_t deep = a->in / PER_WORD, left = a->out - output;
     const word *weight = (const word *)a->panels + output * deep, *x = (const word *)(a->x + row * a->in);
     vec sums[BAND][VECS], parts[VECS];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < VECS; i++) sums[r][i] = every(0);
     for (int64_t k = 0; k < deep; k++) {
+        for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (k * lines + i) * 64, 0, 2);
         for (int i = 0; i < VECS; i++) memcpy(&parts[i], weight + k * WIDE + i * LANES, sizeof(vec));
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < VECS; i++) sums[r][i] = multiply_add(sums[r][i], x[r * deep + k], parts[i]);
@@ -39,15 +43,21 @@ INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, cons
     }
 }
 
+/* Few rows are done with a panel sooner than memory brings the next one. So they ask for it meanwhile, each band for its
+ * part, supposing that threads take panels in turn; asking for one that is not there is harmless. */
 static void multiply_panel(const job *j, int64_t item) {
     const panel_args *a = j->args;
     int64_t panels = (a->out + WIDE - 1) / WIDE, first = item / panels * BLOCK, output = item % panels * WIDE;
-    int64_t stop = first + BLOCK < a->rows ? first + BLOCK : a->rows;
-    for (int64_t row = first; row < stop; row += BAND) {
+    int64_t stop = first + BLOCK < a->rows ? first + BLOCK : a->rows, deep = a->in / PER_WORD;
+    int64_t bands = (stop - first + BAND - 1) / BAND, lines = (LINES + bands - 1) / bands, left = LINES;
+    const char *ahead = (const char *)((const word *)a->panels + (output + j->threads * WIDE) * deep);
+    for (int64_t row = first; row < stop; row += BAND, ahead += lines * deep * 64, left -= lines) {
         int64_t rows = stop - row < BAND ? stop - row : BAND;
-#define CASE(R) \
-    if (R <= BAND && rows == R) multiply_band(a, row, output, R);
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        lines = lines < left ? lines : left;
+#define CASE(R, L) \
+    if (R <= BAND && rows == R && lines == L) multiply_band(a, row, output, ahead, L, R);
+#define CASES(R) CASE(R, 0) CASE(R, 1) CASE(R, 2) CASE(R, 3)
+        CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8)
     }
 }
 

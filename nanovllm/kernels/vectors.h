@@ -165,6 +165,7 @@ typedef struct job {
     void (*work)(const struct job *, int64_t item);
     int64_t next, items;
     const void *args;
+    int threads;
 } job;
 
 static void take_items(void *data) { /* each thread takes the next item until none is left */
@@ -174,7 +175,7 @@ static void take_items(void *data) { /* each thread takes the next item until no
 
 static void for_each(void (*work)(const job *, int64_t), const void *args, int64_t items, parallel_fn parallel,
                      int threads) {
-    job j = {work, 0, items, args};
+    job j = {work, 0, items, args, parallel ? threads : 1};
     if (parallel && threads > 1 && items > 1) parallel(take_items, &j, threads, 0);
     else take_items(&j);
 }

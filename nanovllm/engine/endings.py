@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nanovllm.engine.faults import SequenceFault, StepHealth, failure, on_behalf_of
+from nanovllm.engine.faults import SequenceFault, StepHealth, blamed, failure
 from nanovllm.engine.request_book import RequestBook
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -31,14 +31,9 @@ class Endings:
         ended, self.ended = self.ended, []
         return ended
 
-    @contextmanager
-    def on_behalf_of(self, seq: Sequence, stage: str) -> Iterator[None]:
+    def on_behalf_of(self, seq: Sequence, stage: str) -> EndsAlone:
         """Whatever goes wrong in here fails `seq` and nobody else."""
-        try:
-            with on_behalf_of(seq, stage):
-                yield
-        except SequenceFault as fault:
-            self.blame(fault)
+        return EndsAlone(self, seq, stage)
 
     @contextmanager
     def on_nobodys_behalf(self, stage: str) -> Iterator[None]:
@@ -69,3 +64,21 @@ class Endings:
             with self.on_nobodys_behalf("release"):  # then blocks may be lost, but no request is
                 self._scheduler.end(seq, status)
         seq.finish_reason = reason
+
+
+class EndsAlone:
+    """A sequence at fault in here fails, and what comes after goes on."""
+
+    __slots__ = ("endings", "seq", "stage")
+
+    def __init__(self, endings: Endings, seq: Sequence, stage: str) -> None:
+        self.endings, self.seq, self.stage = endings, seq, stage
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        fault = blamed(self.seq, self.stage, error)
+        if fault is not None:
+            self.endings.blame(fault)
+        return fault is not None

@@ -10,8 +10,6 @@ what the request ends with, and is logged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ExecutionError, NanoVLLMError
@@ -28,15 +26,35 @@ class SequenceFault(Exception):
         self.seq, self.stage = seq, stage
 
 
-@contextmanager
-def on_behalf_of(seq: Sequence, stage: str) -> Iterator[None]:
-    """An exception in here is a SequenceFault of `seq`, unless an inner one has found somebody else at fault."""
-    try:
-        yield
-    except SequenceFault:
-        raise
-    except Exception as error:
-        raise SequenceFault(seq, stage) from error
+class OnBehalfOf:
+    """An exception in here is a SequenceFault of `seq`, unless an inner one has found somebody else at fault.
+
+    A class, not a generator, for its speed: a step enters some for each of its sequences.
+    """
+
+    __slots__ = ("seq", "stage")
+
+    def __init__(self, seq: Sequence, stage: str) -> None:
+        self.seq, self.stage = seq, stage
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        fault = blamed(self.seq, self.stage, error)
+        if fault is not None and fault is not error:
+            raise fault from error
+
+
+def blamed(seq: Sequence, stage: str, error: BaseException | None) -> SequenceFault | None:
+    """`error` as somebody's fault: `seq`'s, unless it names another one already. None of an interrupt, or of nothing."""
+    if isinstance(error, SequenceFault):
+        return error
+    if not isinstance(error, Exception):
+        return None
+    fault = SequenceFault(seq, stage)
+    fault.__cause__ = error
+    return fault
 
 
 def failure(stage: str, error: Exception) -> NanoVLLMError:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nanovllm.engine.detokenizer import Decoder
-from nanovllm.engine.faults import on_behalf_of
+from nanovllm.engine.faults import OnBehalfOf
 from nanovllm.engine.grammar import CompiledGrammar, Mask
 from nanovllm.engine.outputs import RequestOutput, SequenceOutput, StepOutput, TokenLogprobs
 from nanovllm.engine.sequence import Sequence
@@ -67,7 +67,7 @@ class RequestBook:
         for seq in seqs:
             constraint = self._outputs[seq].constraint
             if constraint is not None:
-                with on_behalf_of(seq, "grammar"):
+                with OnBehalfOf(seq, "grammar"):
                     masks[seq] = constraint.mask()
         return masks
 

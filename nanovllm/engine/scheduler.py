@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
-from nanovllm.engine.faults import on_behalf_of
+from nanovllm.engine.faults import OnBehalfOf
 from nanovllm.engine.grammar import Mask
 from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
@@ -147,7 +147,7 @@ class Scheduler:
     def preempt(self, seq: Sequence, beneficiary: Sequence | None = None) -> None:
         """Take the blocks from a running sequence; it keeps its tokens and recomputes their KV later."""
         # BEGIN SOLUTION preempt
-        with on_behalf_of(seq, "release"):
+        with OnBehalfOf(seq, "release"):
             self.kv.release(seq)
         self.running.remove(seq)
         seq.move_to(SequenceStatus.WAITING)
@@ -229,7 +229,7 @@ class Scheduler:
         return True
 
     def _grow(self, seq: Sequence) -> bool:
-        with on_behalf_of(seq, "grow"):
+        with OnBehalfOf(seq, "grow"):
             return self.kv.grow(seq)
 
     def _schedule_prefills(self, batch: ScheduledBatch) -> None:
@@ -270,7 +270,7 @@ class Scheduler:
             if stop is not None:
                 self.waits.stopped(seq, stop)
                 break
-            with on_behalf_of(seq, "match"):
+            with OnBehalfOf(seq, "match"):
                 match = self.kv.match(seq)
             if match.producer is not None:
                 self.waits.follows(seq, match.producer)
@@ -293,7 +293,7 @@ class Scheduler:
 
     def _has_room(self, seq: Sequence) -> bool:
         headroom = self._headroom(seq)
-        with on_behalf_of(seq, "has_room"):
+        with OnBehalfOf(seq, "has_room"):
             return self.kv.has_room(seq, headroom)
 
     def _over_budget(self, seq: Sequence, batch: ScheduledBatch) -> str | None:
@@ -307,7 +307,7 @@ class Scheduler:
         return None if self._prefill_room(batch) > 0 else "token_budget"
 
     def _bind(self, seq: Sequence, batch: ScheduledBatch) -> None:
-        with on_behalf_of(seq, "bind"):
+        with OnBehalfOf(seq, "bind"):
             generation = self.kv.bind(seq).generation
         self.waiting.remove(seq)
         if generation is not None:

@@ -47,7 +47,7 @@ class OnBehalfOf:
 
 
 def blamed(seq: Sequence, stage: str, error: BaseException | None) -> SequenceFault | None:
-    """`error` as somebody's fault: `seq`'s, unless it names another one already. None of an interrupt, or of nothing."""
+    """`error` as a fault of `seq`, unless it names another one already; None of an interrupt, or of nothing."""
     if isinstance(error, SequenceFault):
         return error
     if not isinstance(error, Exception):

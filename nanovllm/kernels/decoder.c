@@ -35,34 +35,93 @@ typedef struct {
     void *logits;                       /* [M, vocab] elem or float, as the head has it */
 } decoder_args;
 
-static void multiply(const linear *weight, const elem *x, void *y, int64_t rows, const step_args *step) {
-    if (weight->groups.codes && rows <= FEW) {
+/* -- what each row goes through by itself ------------------------------------------------------------------- */
+
+#define BLOCK 96 /* rows at most that one thread takes from one attention to the next, so that its cache holds them */
+#define MANY 64  /* rows for each thread from which on they do; fewer share the reading of the weights instead */
+
+typedef struct { /* `count` rows from `first` on, between the attentions of layers `layer` - 1 and `layer` */
+    const decoder_weights *model;
+    const decoder_args *args;
+    int64_t layer, first, count;
+    parallel_fn parallel;
+    int threads;
+} rows;
+
+static void multiply(const rows *r, const linear *weight, const elem *x, void *y) {
+    if (weight->groups.codes && r->count <= FEW) {
         grouped_args a = weight->groups;
-        a.x = x, a.y = y, a.rows = rows;
-        grouped_linear(&a, step->parallel, (int)step->threads);
+        a.x = x, a.y = y, a.rows = r->count;
+        grouped_linear(&a, r->parallel, r->threads);
     } else {
         panel_args a = weight->panels;
-        a.x = x, a.y = y, a.rows = rows;
-        panel_linear(&a, step->parallel, (int)step->threads);
+        a.x = x, a.y = y, a.rows = r->count;
+        panel_linear(&a, r->parallel, r->threads);
     }
 }
 
-static void run_layer(const layer_weights *w, const decoder_weights *m, const decoder_args *a) {
-    const step_args *step = a->step;
-    int64_t rows = step->num_tokens;
-    int threads = (int)step->threads;
-    add_norm(a->x, a->delta, w->input_norm, a->normed, rows, m->hidden, m->eps, step->parallel, threads);
-    multiply(&w->qkv, a->normed, a->qkv, rows, step);
-    attend_layer(step);
-    multiply(&w->out, a->attended, a->delta, rows, step);
-    add_norm(a->x, a->delta, w->post_norm, a->normed, rows, m->hidden, m->eps, step->parallel, threads);
-    multiply(&w->gate_up, a->normed, a->gate_up, rows, step);
-    silu_mul(a->gate_up, a->inner, rows, w->down.panels.in, step->parallel, threads);
-    multiply(&w->down, a->inner, a->delta, rows, step);
+/* x += delta; returns its norm. */
+static const elem *add_delta(const rows *r, const elem *weight) {
+    const decoder_args *a = r->args;
+    int64_t width = r->model->hidden, at = r->first * width;
+    add_norm(a->x + at, a->delta + at, weight, a->normed + at, r->count, width, r->model->eps, r->parallel, r->threads);
+    return a->normed + at;
 }
+
+static void end_layer(const rows *r, const layer_weights *w) {
+    const decoder_args *a = r->args;
+    int64_t width = w->down.panels.in;
+    elem *delta = a->delta + r->first * r->model->hidden;
+    elem *gate_up = a->gate_up + r->first * 2 * width, *inner = a->inner + r->first * width;
+    multiply(r, &w->out, a->attended + r->first * w->out.panels.in, delta);
+    multiply(r, &w->gate_up, add_delta(r, w->post_norm), gate_up);
+    silu_mul(gate_up, inner, r->count, width, r->parallel, r->threads);
+    multiply(r, &w->down, inner, delta);
+}
+
+static void start_layer(const rows *r, const layer_weights *w) {
+    multiply(r, &w->qkv, add_delta(r, w->input_norm), r->args->qkv + r->first * w->qkv.panels.out);
+}
+
+static void pass(const rows *r) {
+    const layer_weights *w = r->model->layers + r->layer;
+    if (r->layer) end_layer(r, w - 1);
+    start_layer(r, w);
+}
+
+static int64_t block_size(const rows *all) { /* as many for each thread, in eights */
+    int64_t turn = all->threads * BLOCK, blocks = (all->count + turn - 1) / turn * all->threads;
+    return ((all->count + blocks - 1) / blocks + 7) / 8 * 8;
+}
+
+static void pass_block(const job *j, int64_t item) {
+    rows block = *(const rows *)j->args;
+    int64_t size = block_size(&block), left = block.count - item * size;
+    block.first = item * size, block.count = left < size ? left : size, block.parallel = 0, block.threads = 1;
+    pass(&block);
+}
+
+static void pass_all(const decoder_weights *m, const decoder_args *a, int64_t layer) {
+    rows all = {m, a, layer, 0, a->step->num_tokens, a->step->parallel, (int)a->step->threads};
+    if (all.count < MANY * all.threads) pass(&all);
+    else for_each(pass_block, &all, (all.count + block_size(&all) - 1) / block_size(&all), all.parallel, all.threads);
+}
+
+/* -- the whole ----------------------------------------------------------------------------------------------- */
 
 static void keep_rows(elem *x, int64_t width, const int64_t *kept, int64_t count) {
     for (int64_t i = 0; i < count; i++) memmove(x + i * width, x + kept[i] * width, width * sizeof(elem));
+}
+
+/* What comes after the last attention, of the rows whose successor is wanted only. */
+static void finish(const decoder_weights *m, const decoder_args *a) {
+    const layer_weights *w = m->layers + m->num_layers - 1;
+    rows kept = {m, a, m->num_layers, 0, a->num_last, a->step->parallel, (int)a->step->threads};
+    if (!kept.count) return;
+    keep_rows(a->x, m->hidden, a->last, kept.count);
+    keep_rows(a->attended, w->out.panels.in, a->last, kept.count);
+    end_layer(&kept, w);
+    multiply(&kept, &m->head, add_delta(&kept, m->final_norm), a->logits);
 }
 
 /* logits = head(norm(all layers(x)[last])); the step's KV is in the pool after it. `delta` comes as zeros. */
@@ -73,11 +132,11 @@ void run_decoder(const decoder_weights *m, const decoder_args *a) {
     team_call(a->team);
     step->parallel = team_parallel;
     step->qkv = a->qkv, step->out = a->attended;
-    for (int64_t l = 0; l < m->num_layers; l++, step->kv += a->layer_stride) run_layer(m->layers + l, m, a);
-    keep_rows(a->x, m->hidden, a->last, a->num_last);
-    keep_rows(a->delta, m->hidden, a->last, a->num_last);
-    add_norm(a->x, a->delta, m->final_norm, a->normed, a->num_last, m->hidden, m->eps, team_parallel, (int)step->threads);
-    if (a->num_last) multiply(&m->head, a->normed, a->logits, a->num_last, step);
+    for (int64_t l = 0; l < m->num_layers; l++, step->kv += a->layer_stride) {
+        pass_all(m, a, l);
+        attend_layer(step);
+    }
+    finish(m, a);
     team_dismiss(a->team);
     step->kv = kv, step->parallel = before;
 }

@@ -2,7 +2,7 @@
 
     x = embed(tokens)
     per layer:  x += attention(norm(x));  x += mlp(norm(x))
-    logits = head(norm(x[last tokens]))
+    logits = head(norm(x[last tokens]))           (and of the last layer what follows its attention)
 
 What it is: the formula. What it knows nothing about: how an operation is computed
 (`kernels`), which sequence a token belongs to, where its KV lies (`StepLayout`).
@@ -98,21 +98,12 @@ class DecoderModel:
         delta = torch.zeros_like(x)  # what the last linear adds to x; summed where x is normalised next
         for i, layer in enumerate(self.layers):
             x, normed = self.add_norm(x, delta, layer.input_norm)
-            x, normed = self.add_norm(x, self.attend(i, layer, normed, cos, sin, plan), layer.post_norm)
+            attended = self.kernels.attention(plan, i, self.project_qkv(layer, normed), cos, sin)  # [N, H * D]
+            if i == len(self.layers) - 1:  # what comes after the last attention nobody else reads
+                x, attended = x[last], attended[last]
+            x, normed = self.add_norm(x, layer.out(attended), layer.post_norm)
             delta = layer.down(self.kernels.silu_mul(layer.gate_up(normed)))
-        return self.head(self.add_norm(x[last], delta[last], self.final_norm)[1])
-
-    def attend(
-        self,
-        i: int,
-        layer: DecoderLayer,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
-        """Attention of layer `i`: x [N, hidden] -> [N, hidden]."""
-        return layer.out(self.kernels.attention(plan, i, self.project_qkv(layer, x), cos, sin))
+        return self.head(self.add_norm(x, delta, self.final_norm)[1])
 
     def project_qkv(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values side by side, not yet rotated: [N, H + 2G, D]."""

@@ -41,6 +41,7 @@ from nanovllm.state.tiers.ownership import check_takeable
 logger = logging.getLogger("nanovllm")
 
 SAMPLE = "model.layers.0.mlp.down_proj.weight"  # stands for all linears where their groups' bits are asked for
+ROOM_TOKENS = 4096  # of the largest step, whose scratch is made ready at the start; a larger one takes it when it comes
 
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> LLMEngine:
@@ -102,6 +103,8 @@ def _build_runner(
         tier = DeviceTier(size, dtype, device)
         with torch.inference_mode(), prefaulting(tier.pool):
             model = ARCHITECTURES[loaded.config.architecture](loaded.config, loaded.weights, kernels, dtype, device)
+            if model.whole is not None:
+                model.whole.reserve(min(config.max_num_batched_tokens, ROOM_TOKENS))
     finally:
         loaded.weights.close()
     logger.info("%s; prefix_mode %s; kernels %s", size, config.prefix_mode, kernels.name)

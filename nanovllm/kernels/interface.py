@@ -78,6 +78,10 @@ class WholeDecoder(Protocol):
         """Whether a step is one of those."""
         ...
 
+    def reserve(self, rows: int) -> None:
+        """Make room for steps of up to `rows` tokens; larger ones make their own."""
+        ...
+
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
     ) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 What it is: the tables of addresses that the call walks through. What it knows nothing about: sequences, where
 weights come from. Invariants: the operations, their order and their functions are those of models/decoder.py, so
-that a step computed either way has the same bits; its team serves one call at a time, as an engine makes them.
+that a step computed either way has the same bits; its team and its scratch serve one call at a time, as an engine makes
+them, and no call reads what another one left.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -18,7 +20,10 @@ from nanovllm.kernels.c_library import ADDRESS, COUNT, REAL, GroupedArgs, PanelA
 from nanovllm.kernels.compiled_plan import CompiledPlan
 from nanovllm.kernels.grouped_linear import GroupedLinear
 from nanovllm.kernels.interface import AttentionPlan, DecoderLayer, Linear
+from nanovllm.kernels.large_pages import LINE_BYTES, large_pages
 from nanovllm.kernels.panel_linear import PanelLinear
+
+TOUCHED_BYTES = 64 << 20  # scratch up to here is taken from the system at once, more of it as it is used
 
 
 class LinearWeights(ctypes.Structure):
@@ -89,6 +94,17 @@ class CompiledDecoder:
         inner = first.down.panels.inputs  # widths of delta, normed, qkv, attended, gate_up, inner:
         self._widths = (hidden, hidden, first.qkv.panels.outputs, first.out.panels.inputs, 2 * inner, inner)
         self._logits = torch.float32 if head_weights.panels.is_float else final_norm.dtype
+        self._rows, self._scratch, self._parts = 0, torch.empty(0), (0,) * len(self._widths)
+        self._item_bytes = final_norm.itemsize
+
+    def reserve(self, rows: int) -> None:
+        """Room for steps of up to `rows` tokens, kept from step to step: memory costs most when it is first written."""
+        sizes = [-(-rows * width * self._item_bytes // LINE_BYTES) * LINE_BYTES for width in self._widths]
+        self._rows, self._scratch = rows, large_pages(sum(sizes))
+        if self._scratch.nbytes <= TOUCHED_BYTES:
+            self._scratch.zero_()
+        starts = accumulate(sizes, initial=self._scratch.data_ptr())
+        self._parts = tuple(start for start, _ in zip(starts, sizes, strict=False))
 
     def takes(self, plan: AttentionPlan) -> bool:
         """Whether nothing of the step attends in torch."""
@@ -102,11 +118,12 @@ class CompiledDecoder:
         step, pool = plan.args, plan.pool
         step.threads = self._threads
         step.kv, step.cos, step.sin = pool.data_ptr(), cos.data_ptr(), sin.data_ptr()
-        scratch = [x.new_empty(x.shape[0], width) for width in self._widths]
-        scratch[0].zero_()
+        if len(x) > self._rows:
+            self.reserve(len(x))
+        ctypes.memset(self._parts[0], 0, len(x) * self._widths[0] * self._item_bytes)  # delta
         logits = x.new_empty(len(last), self._weights.head.panels.outputs, dtype=self._logits)
-        addresses = (part.data_ptr() for part in (x, *scratch, logits))
         rows = (last.data_ptr(), len(last))
+        addresses = (x.data_ptr(), *self._parts, logits.data_ptr())
         args = DecoderArgs(ctypes.pointer(step), self._team, pool.stride(1), *rows, *addresses)
         self._library.run_decoder(ctypes.byref(self._weights), ctypes.byref(args))
         return logits

@@ -108,13 +108,16 @@ def test_the_default_model_decodes_from_its_groups() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str) -> None:
-    """Chunks of prompts, decodes beside them, few rows and many."""
-    prompts = [[7, 8, 9, 10 + i] * (1 + 3 * i) for i in range(7)]
+@pytest.mark.parametrize("budget", [24, 140])  # the larger one gives each thread rows of its own
+def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str, budget: int) -> None:
+    """Chunks of prompts, decodes beside them, few rows and many, more of them than there is room reserved for."""
+    prompts = [[7, 8, 9, 10 + i] * (1 + budget // 8 * i) for i in range(7)]
     params = [SamplingParams(temperature=0, max_tokens=4 + 2 * i, logprobs=3, ignore_eos=True) for i in range(7)]
-    how = {"max_num_batched_tokens": 24, "num_blocks": 64, "max_model_len": 256, "prefix_mode": "off"}
+    how = {"max_num_batched_tokens": budget, "num_blocks": 160, "max_model_len": 512, "prefix_mode": "off"}
     with LLM("smollm2", dtype=dtype, **how) as llm:
         model = llm.engine.runner.model  # type: ignore[attr-defined]
+        if model.whole is not None:
+            model.whole.reserve(3)
         together = llm.generate(prompts, params)
         whole, model.whole = model.whole, None
         one_by_one = llm.generate(prompts, params)

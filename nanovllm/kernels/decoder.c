@@ -45,11 +45,15 @@ typedef struct { /* `count` rows from `first` on, between the attentions of laye
     const decoder_args *args;
     int64_t layer, first, count;
     parallel_fn parallel;
-    int threads;
+    int threads, are_few; /* decided by all rows of the step: a row's bits do not depend on the block it stands in */
 } rows;
 
+static rows all_rows(const decoder_weights *m, const decoder_args *a, int64_t layer, int64_t count) {
+    return (rows){m, a, layer, 0, count, a->step->parallel, (int)a->step->threads, count <= FEW};
+}
+
 static void multiply(const rows *r, const linear *weight, const elem *x, void *y) {
-    if (weight->groups.codes && r->count <= FEW) {
+    if (weight->groups.codes && r->are_few) {
         grouped_args a = weight->groups;
         a.x = x, a.y = y, a.rows = r->count;
         grouped_linear(&a, r->parallel, r->threads);
@@ -102,7 +106,7 @@ static void pass_block(const job *j, int64_t item) {
 }
 
 static void pass_all(const decoder_weights *m, const decoder_args *a, int64_t layer) {
-    rows all = {m, a, layer, 0, a->step->num_tokens, a->step->parallel, (int)a->step->threads};
+    rows all = all_rows(m, a, layer, a->step->num_tokens);
     if (all.count < MANY * all.threads) pass(&all);
     else for_each(pass_block, &all, (all.count + block_size(&all) - 1) / block_size(&all), all.parallel, all.threads);
 }
@@ -116,7 +120,7 @@ static void keep_rows(elem *x, int64_t width, const int64_t *kept, int64_t count
 /* What comes after the last attention, of the rows whose successor is wanted only. */
 static void finish(const decoder_weights *m, const decoder_args *a) {
     const layer_weights *w = m->layers + m->num_layers - 1;
-    rows kept = {m, a, m->num_layers, 0, a->num_last, a->step->parallel, (int)a->step->threads};
+    rows kept = all_rows(m, a, m->num_layers, a->num_last);
     if (!kept.count) return;
     keep_rows(a->x, m->hidden, a->last, kept.count);
     keep_rows(a->attended, w->out.panels.in, a->last, kept.count);

@@ -103,8 +103,7 @@ class CompiledDecoder:
         self._rows, self._scratch = rows, large_pages(sum(sizes))
         if self._scratch.nbytes <= TOUCHED_BYTES:
             self._scratch.zero_()
-        starts = accumulate(sizes, initial=self._scratch.data_ptr())
-        self._parts = tuple(start for start, _ in zip(starts, sizes, strict=False))
+        self._parts = tuple(accumulate(sizes[:-1], initial=self._scratch.data_ptr()))
 
     def takes(self, plan: AttentionPlan) -> bool:
         """Whether nothing of the step attends in torch."""

@@ -126,6 +126,18 @@ def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str, budget: int) 
         assert a.token_ids == b.token_ids and a.completions[0].logprobs == b.completions[0].logprobs
 
 
+def test_the_last_rows_of_a_long_prompt_are_computed_as_the_others() -> None:
+    """1,057 rows leave a block of one to a thread, whether there are one or two: it is no step of one row."""
+    prompt = [7, 8, 9] * 352 + [10]
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=3, ignore_eos=True)
+    with LLM("smollm2", dtype="bfloat16", num_blocks=80, max_model_len=1200, prefix_mode="off") as llm:
+        model = llm.engine.runner.model  # type: ignore[attr-defined]
+        together = llm.generate([prompt], params)[0]
+        model.whole = None
+        one_by_one = llm.generate([prompt], params)[0]
+    assert together.completions[0].logprobs == one_by_one.completions[0].logprobs
+
+
 def test_a_team_serves_calls_one_after_another_and_ends() -> None:
     """Sums over rows of a product that four threads share on whatever cores there are: no item lost, none twice."""
     library, weight = c_library.load(torch.float32), drawn(64 * 16, 64, 8)

@@ -44,19 +44,21 @@ INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, cons
 }
 
 /* Few rows are done with a panel sooner than memory brings the next one. So they ask for it meanwhile, each band for its
- * part, supposing that threads take panels in turn; asking for one that is not there is harmless. */
+ * part (of the two or three LINES), supposing that threads take panels in turn; asking for one that is not there is
+ * harmless. A single band only reads, in order, which the processor's prefetchers follow by themselves. */
 static void multiply_panel(const job *j, int64_t item) {
     const panel_args *a = j->args;
     int64_t panels = (a->out + WIDE - 1) / WIDE, first = item / panels * BLOCK, output = item % panels * WIDE;
     int64_t stop = first + BLOCK < a->rows ? first + BLOCK : a->rows, deep = a->in / PER_WORD;
-    int64_t bands = (stop - first + BAND - 1) / BAND, lines = (LINES + bands - 1) / bands, left = LINES;
+    int64_t bands = (stop - first + BAND - 1) / BAND;
+    int64_t left = bands > 1 ? LINES : 0, lines = (left + bands - 1) / bands;
     const char *ahead = (const char *)((const word *)a->panels + (output + j->threads * WIDE) * deep);
     for (int64_t row = first; row < stop; row += BAND, ahead += lines * deep * 64, left -= lines) {
         int64_t rows = stop - row < BAND ? stop - row : BAND;
         lines = lines < left ? lines : left;
 #define CASE(R, L) \
     if (R <= BAND && rows == R && lines == L) multiply_band(a, row, output, ahead, L, R);
-#define CASES(R) CASE(R, 0) CASE(R, 1) CASE(R, 2) CASE(R, 3)
+#define CASES(R) CASE(R, 0) CASE(R, 1) CASE(R, 2)
         CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) CASES(7) CASES(8)
     }
 }

@@ -44,7 +44,7 @@ INLINE void multiply_band(const panel_args *a, int64_t row, int64_t output, cons
 }
 
 /* Few rows are done with a panel sooner than memory brings the next one. So they ask for it meanwhile, each band for its
- * part (of the two or three LINES), supposing that threads take panels in turn; asking for one that is not there is
+ * part of the LINES, supposing that threads take panels in turn; asking for one that is not there is
  * harmless. A single band only reads, in order, which the processor's prefetchers follow by themselves. */
 static void multiply_panel(const job *j, int64_t item) {
     const panel_args *a = j->args;

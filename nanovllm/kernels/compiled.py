@@ -36,7 +36,7 @@ from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel
 from nanovllm.kernels.whole_decoder import CompiledDecoder, can_take
 
-LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 192  # as in the sources in C
+LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 384  # as in the sources in C
 LONG_CHUNK = 32  # tokens from which on AMX may pay; not measured
 
 

@@ -38,7 +38,8 @@ typedef struct {
 /* -- what each row goes through by itself ------------------------------------------------------------------- */
 
 #define BLOCK 96 /* rows at most that one thread takes from one attention to the next, so that its cache holds them */
-#define MANY 64  /* rows for each thread from which on they do; fewer share the reading of the weights instead */
+#define LAST_BLOCK 32
+#define MANY 64 /* rows for each thread from which on they do; fewer share the reading of the weights instead */
 
 typedef struct { /* `count` rows from `first` on, between the attentions of layers `layer` - 1 and `layer` */
     const decoder_weights *model;
@@ -93,22 +94,28 @@ static void pass(const rows *r) {
     start_layer(r, w);
 }
 
-static int64_t block_size(const rows *all) { /* as many for each thread, in eights */
-    int64_t turn = all->threads * BLOCK, blocks = (all->count + turn - 1) / turn * all->threads;
-    return ((all->count + blocks - 1) / blocks + 7) / 8 * 8;
+/* The first row of block `item`: whole bands of rows, fewer of them towards the end, so that threads end together. */
+static int64_t block_start(const rows *all, int64_t item) {
+    int64_t start = 0;
+    for (int64_t size; item > 0 && start < all->count; item--, start += size) {
+        size = (all->count - start) / (2 * all->threads) / 8 * 8;
+        size = size > BLOCK ? BLOCK : size < LAST_BLOCK ? LAST_BLOCK : size;
+    }
+    return start < all->count ? start : all->count;
 }
 
-static void pass_block(const job *j, int64_t item) {
-    rows block = *(const rows *)j->args;
-    int64_t size = block_size(&block), left = block.count - item * size;
-    block.first = item * size, block.count = left < size ? left : size, block.parallel = 0, block.threads = 1;
-    pass(&block);
+static void pass_block(const job *j, int64_t item) { /* there are more items than blocks */
+    const rows *all = j->args;
+    rows block = *all;
+    block.first = block_start(all, item), block.count = block_start(all, item + 1) - block.first;
+    block.parallel = 0, block.threads = 1;
+    if (block.count) pass(&block);
 }
 
 static void pass_all(const decoder_weights *m, const decoder_args *a, int64_t layer) {
     rows all = all_rows(m, a, layer, a->step->num_tokens);
     if (all.count < MANY * all.threads) pass(&all);
-    else for_each(pass_block, &all, (all.count + block_size(&all) - 1) / block_size(&all), all.parallel, all.threads);
+    else for_each(pass_block, &all, all.count / LAST_BLOCK + 1, all.parallel, all.threads);
 }
 
 /* -- the whole ----------------------------------------------------------------------------------------------- */

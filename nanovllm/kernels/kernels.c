@@ -78,8 +78,7 @@ static void rotate(const elem *from, elem *to, const elem *cos, const elem *sin,
     }
 }
 
-static void rotate_and_store_token(const job *j, int64_t token) {
-    const step_args *a = j->args;
+static void rotate_and_store_token(const step_args *a, int64_t token) {
     int64_t dim = a->dim, half = dim / 2, side = a->kv_heads * a->block_size * dim;
     elem *q = a->qkv + token * (a->heads + 2 * a->kv_heads) * dim, *k = q + a->heads * dim, *v = k + a->kv_heads * dim;
     elem *slot = a->kv + a->slot_blocks[token] * a->block_stride + a->slot_offsets[token] * dim;
@@ -87,9 +86,15 @@ static void rotate_and_store_token(const job *j, int64_t token) {
     for (int64_t h = 0; a->cos && h < a->heads; h++) rotate(q + h * dim, q + h * dim, cos, sin, half);
     for (int64_t g = 0; g < a->kv_heads; g++) {
         if (a->cos) rotate(k + g * dim, k + g * dim, cos, sin, half);
-        memcpy(slot + g * a->block_size * dim, k + g * dim, dim * sizeof(elem));
-        memcpy(slot + g * a->block_size * dim + side, v + g * dim, dim * sizeof(elem));
+        copy(k + g * dim, slot + g * a->block_size * dim, dim);
+        copy(v + g * dim, slot + g * a->block_size * dim + side, dim);
     }
+}
+
+static void rotate_and_store(const job *j, int64_t item) {
+    const step_args *a = j->args;
+    int64_t stop = least((item + 1) * ROWS, a->num_tokens);
+    for (int64_t token = item * ROWS; token < stop; token++) rotate_and_store_token(a, token);
 }
 
 /* Addresses of the keys first..first+count of sequence s, KV head g, wherever their blocks lie. */
@@ -132,7 +137,7 @@ static void merge(const job *j, int64_t item) {
 /* Rotate, store all tokens' KV, then attend. */
 void attend_layer(const step_args *a) {
     parallel_fn few = a->num_tokens >= 8 ? a->parallel : 0;
-    for_each(rotate_and_store_token, a, a->num_tokens, few, (int)a->threads);
+    for_each(rotate_and_store, a, (a->num_tokens + ROWS - 1) / ROWS, few, (int)a->threads);
     for_each(attend_tile, a, a->num_tiles * a->kv_heads, a->parallel, (int)a->threads);
     attend(a);
     for_each(merge, a, a->num_decodes * a->heads, few, (int)a->threads);

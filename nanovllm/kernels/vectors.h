@@ -59,6 +59,10 @@ INLINE vec load(const elem *p) {
 INLINE void store(elem *p, vec x) { memcpy(p, &x, sizeof x); }
 #endif
 
+INLINE void copy(const elem *from, elem *to, int64_t count) { /* a multiple of LANES */
+    for (int64_t i = 0; i < count; i += LANES) memcpy(to + i, from + i, LANES * sizeof(elem));
+}
+
 INLINE vec load_part(const elem *p, int64_t n) { /* n < LANES elements, zeros behind */
     elem full[LANES] = {0};
     memcpy(full, p, n * sizeof(elem));
@@ -129,6 +133,16 @@ INLINE vec larger(vec x, vec y) { /* y where one is no number */
 #endif
 }
 
+INLINE vec smaller(vec x, vec y) { /* y where one is no number */
+#ifdef __AVX512F__
+    return (vec)_mm512_min_ps((__m512)x, (__m512)y);
+#elif defined(__AVX__)
+    return (vec)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+    return choose(x < y, x, y);
+#endif
+}
+
 INLINE float largest(vec x) { /* halves against halves */
 #if LANES == 16
     x = larger(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -144,8 +158,7 @@ INLINE float largest(vec x) { /* halves against halves */
 /* e^x between e^-87 and e^88: 2^n * e^r with |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf, 2e-7 relative).
  * Adding 1.5 * 2^23 rounds to n and leaves it in the lowest bits. What is no number stays none. */
 INLINE vec exponential(vec x) {
-    x = choose(x < -87.0f, every(-87.0f), x);
-    x = choose(x > 88.0f, every(88.0f), x);
+    x = smaller(every(88.0f), larger(every(-87.0f), x));
     vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f, p = every(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;

@@ -17,6 +17,7 @@ import torch
 
 from nanovllm.config import LIMITS
 from nanovllm.errors import ConfigError, InvalidRequestError, OutOfMemoryError
+from nanovllm.kernels.large_pages import large_pages
 from nanovllm.models.model_config import ModelConfig
 
 DEFAULT_SHARE = 0.25  # of free memory, where nobody names a budget
@@ -138,8 +139,9 @@ class DeviceTier:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros that the CPU takes from the system untouched: a page costs time and memory once it is written.
 
-    `torch.zeros` writes them all; a pool of 4 GiB then takes seconds to start.
+    `torch.zeros` writes them all; a pool of 4 GiB then takes seconds to start. They begin with a page: keys that lie
+    across the processor's cache lines cost a decode step an eighth of its time (dev/LOG.md).
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return large_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

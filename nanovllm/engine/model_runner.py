@@ -24,7 +24,7 @@ class ModelRunner:
 
     def __init__(self, model: DecoderModel, tier: DeviceTier, device: torch.device) -> None:
         self.model, self.tier, self.device = model, tier, device
-        self.sampler = Sampler()
+        self.sampler = Sampler(None if model.whole is None else model.whole.choice)
 
     def launch(self, batch: ExecBatch) -> tuple[torch.Tensor, ExecBatch]:
         """Forward pass; on a CPU it is complete when this returns."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nanovllm.engine.exec_batch import NO_TOKEN, ExecResult
 from nanovllm.engine.sampling_batch import SamplingBatch
+from nanovllm.kernels.interface import Choice
 
 SPAN = 64  # tokens whose probabilities are summed together when the drawn one is looked for
 DRAWN_TOGETHER = 16  # rows: what a draw writes then stays in the processor's cache, and its memory is used again
@@ -29,22 +30,36 @@ MASK = float("-inf")
 
 
 class Sampler:
-    """Stateless: everything a choice depends on is in its arguments."""
+    """Stateless: everything a choice depends on is in its arguments. `choice`, where there is one, replaces torch's."""
+
+    def __init__(self, choice: Choice | None = None) -> None:
+        self._choice = choice
 
     def sample(self, logits: torch.Tensor, batch: SamplingBatch) -> ExecResult:
-        """Choose one token per row of `logits` [M, vocab], any float dtype."""
+        """Choose one token per row of `logits` [M, vocab], any float dtype; a `choice` uses them up."""
         raw = logits.float()
         logprobs = _top_logprobs(raw, batch) if (batch.num_logprobs >= 0).any() else None
         adjusted = _adjust(raw.clone(), batch) if batch.changes_logits else raw
-        highest, tokens = _highest(adjusted)
-        if not batch.all_greedy:
-            drawn = np.flatnonzero(batch.temperature > 0)
-            for rows in np.split(drawn, range(DRAWN_TOGETHER, len(drawn), DRAWN_TOGETHER)):
-                tokens[torch.from_numpy(rows).to(tokens.device)] = _draw(adjusted, batch, rows)
-        token_ids = tokens.masked_fill_(~highest.isfinite(), NO_TOKEN).cpu().numpy()
+        token_ids = _choose(adjusted, batch) if self._choice is None else _call(self._choice, adjusted, batch)
         if logprobs is None:
             return ExecResult(token_ids, [None] * len(token_ids))
         return ExecResult(token_ids, [_chosen_first(row, int(t)) for row, t in zip(logprobs, token_ids, strict=True)])
+
+
+def _call(choice: Choice, logits: torch.Tensor, batch: SamplingBatch) -> NDArray[np.int64]:
+    noise = uniforms(batch.seeds, batch.positions)
+    return choice(logits, batch.temperature, batch.min_p, batch.top_p, batch.top_k, noise)
+
+
+def _choose(logits: torch.Tensor, batch: SamplingBatch) -> NDArray[np.int64]:
+    """The choice in torch: one token per row, NO_TOKEN where there is no finite logit."""
+    highest, tokens = _highest(logits)
+    if not batch.all_greedy:
+        drawn = np.flatnonzero(batch.temperature > 0)
+        for rows in np.split(drawn, range(DRAWN_TOGETHER, len(drawn), DRAWN_TOGETHER)):
+            tokens[torch.from_numpy(rows).to(tokens.device)] = _draw(logits, batch, rows)
+    found: NDArray[np.int64] = tokens.masked_fill_(~highest.isfinite(), NO_TOKEN).cpu().numpy()
+    return found
 
 
 def _highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

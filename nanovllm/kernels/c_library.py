@@ -31,7 +31,7 @@ from nanovllm.core.cache_dir import cache_dir
 logger = logging.getLogger("nanovllm")
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / f"{name}.c" for name in ("kernels", "grouped", "panels", "decoder", "team"))
+SOURCES = tuple(FOLDER / f"{name}.c" for name in ("kernels", "grouped", "panels", "decoder", "choice", "team"))
 HEADERS = tuple(FOLDER / f"{name}.h" for name in ("kernels", "vectors", "words", "decode", "prefill"))
 DEFINES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wall", "-pthread")
@@ -45,6 +45,7 @@ NAMES = (
     "panel_linear",
     "panel_width",
     "run_decoder",
+    "choose_tokens",
     "team_open",
     "team_call",
     "team_dismiss",
@@ -195,6 +196,7 @@ def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     library.grouped_linear.argtypes = (ctypes.POINTER(GroupedArgs), ADDRESS, ctypes.c_int)
     library.panel_linear.argtypes = (ctypes.POINTER(PanelArgs), ADDRESS, ctypes.c_int)
     library.run_decoder.argtypes = (ADDRESS, ADDRESS)
+    library.choose_tokens.argtypes = (ADDRESS, ADDRESS, ctypes.c_int)
     library.team_open.argtypes = (ctypes.c_int,)
     for function in (library.team_call, library.team_dismiss, library.team_close):
         function.argtypes = (ADDRESS,)

@@ -71,8 +71,29 @@ class DecoderLayer:
     k_norm: torch.Tensor | None = None
 
 
+class Choice(Protocol):
+    """The choice of tokens as one operation, with the meaning that engine/sampler.py has in torch."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        temperature: NDArray[np.float32],
+        min_p: NDArray[np.float32],
+        top_p: NDArray[np.float32],
+        top_k: NDArray[np.int64],
+        noise: NDArray[np.float64],
+    ) -> NDArray[np.int64]:
+        """One token for each row of `logits` [M, vocab], float32, which are used up; -1 where none is finite.
+
+        Columns [M]: temperature 0 takes the likeliest, top_k 0 and top_p 1 and min_p 0 filter nothing, noise from 0 up to 1.
+        """
+        ...
+
+
 class WholeDecoder(Protocol):
-    """All layers and the head as one operation, for the steps it takes."""
+    """All layers and the head as one operation, for the steps it takes; and what chooses from its logits."""
+
+    choice: Choice
 
     def takes(self, plan: AttentionPlan) -> bool:
         """Whether a step is one of those."""

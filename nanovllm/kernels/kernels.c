@@ -110,26 +110,30 @@ static void find_keys(const step_args *a, int64_t s, int64_t g, int64_t first, i
 
 #include "decode.h"
 
-/* The chunks of one head of one sequence, in order: each counts by its weight at the common largest score. */
-static void merge(const job *j, int64_t item) {
-    const step_args *a = j->args;
-    int64_t s = item / a->heads, h = item % a->heads, dim = a->dim, stride = a->heads * (dim + 2);
-    int64_t first = a->first_units[s], stop = a->first_units[s + 1];
+/* The chunks of one head, in order: each counts by its weight at the common largest score. */
+static void merge_head(const step_args *a, int64_t s, int64_t h) {
+    int64_t dim = a->dim, stride = a->heads * (dim + 2), first = a->first_units[s], stop = a->first_units[s + 1];
     const float *part = a->partial + h * (dim + 2);
     elem *out = a->out + (a->decode_rows[s] * a->heads + h) * dim;
     float most = part[first * stride + dim + 1], weight = 0;
+    vec totals[MAX_D / LANES], x;
+    for (int64_t i = 0; i < dim / LANES; i++) totals[i] = every(0);
     for (int64_t u = first; u < stop; u++)
         if (part[u * stride + dim + 1] > most) most = part[u * stride + dim + 1];
-    for (int64_t u = first; u < stop; u++)
-        weight += part[u * stride + dim] * exponential(every(part[u * stride + dim + 1] - most))[0];
-    for (int64_t i = 0; i < dim; i += LANES) {
-        vec total = {0}, x;
-        for (int64_t u = first; u < stop; u++) {
-            memcpy(&x, part + u * stride + i, sizeof x);
-            total += x * exponential(every(part[u * stride + dim + 1] - most));
+    for (int64_t u = first; u < stop; u++) {
+        float share = exponential(every(part[u * stride + dim + 1] - most))[0];
+        weight += part[u * stride + dim] * share;
+        for (int64_t i = 0; i < dim / LANES; i++) {
+            memcpy(&x, part + u * stride + i * LANES, sizeof x);
+            totals[i] += x * share;
         }
-        store(out + i, total / weight);
     }
+    for (int64_t i = 0; i < dim / LANES; i++) store(out + i * LANES, totals[i] / weight);
+}
+
+static void merge(const job *j, int64_t s) {
+    const step_args *a = j->args;
+    for (int64_t h = 0; h < a->heads; h++) merge_head(a, s, h);
 }
 
 #include "prefill.h"
@@ -140,5 +144,5 @@ void attend_layer(const step_args *a) {
     for_each(rotate_and_store, a, (a->num_tokens + ROWS - 1) / ROWS, few, (int)a->threads);
     for_each(attend_tile, a, a->num_tiles * a->kv_heads, a->parallel, (int)a->threads);
     attend(a);
-    for_each(merge, a, a->num_decodes * a->heads, few, (int)a->threads);
+    for_each(merge, a, a->num_decodes, few, (int)a->threads);
 }

@@ -1,6 +1,6 @@
-"""Memory for weights in large pages: a step reads all of them, and looks up fewer addresses.
+"""Memory in large pages for what a step reads much of, weights and KV: it looks up fewer addresses.
 
-What it is: copies of tensors, laid one behind another. What it knows nothing about: what they mean. Invariants: a
+What it is: zeros, and copies of tensors laid one behind another. What it knows nothing about: what they mean. Invariants: a
 copy is aligned to a cache line and lives as long as somebody holds it; where the system has no large pages it lies in
 ordinary ones. Measured: products of few rows take two thirds of the time (dev/LOG.md).
 """
@@ -33,10 +33,15 @@ class LargePages:
 
 
 def large_pages(size: int) -> torch.Tensor:
-    """`size` bytes of zeros, which cost memory once they are written; private to this process."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    """`size` bytes of zeros, which cost memory once they are written; private to this process, from a page's start on.
+
+    Raises MemoryError.
+    """
+    try:
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size:,} bytes: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

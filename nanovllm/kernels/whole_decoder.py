@@ -9,19 +9,19 @@ them, and no call reads what another one left.
 from __future__ import annotations
 
 import ctypes
-import os
-import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 
 from nanovllm.kernels.c_library import ADDRESS, COUNT, REAL, GroupedArgs, PanelArgs, StepArgs
+from nanovllm.kernels.compiled_choice import CompiledChoice
 from nanovllm.kernels.compiled_plan import CompiledPlan
 from nanovllm.kernels.grouped_linear import GroupedLinear
 from nanovllm.kernels.interface import AttentionPlan, DecoderLayer, Linear
 from nanovllm.kernels.large_pages import LINE_BYTES, large_pages
 from nanovllm.kernels.panel_linear import PanelLinear
+from nanovllm.kernels.team import Team
 
 TOUCHED_BYTES = 64 << 20  # scratch up to here is taken from the system at once, more of it as it is used
 
@@ -80,11 +80,8 @@ class CompiledDecoder:
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float, library: ctypes.CDLL
     ) -> None:
         self._library, self._alive = library, (layers, final_norm, head)
-        self._threads = torch.get_num_threads()
-        self._team = library.team_open(self._threads - 1)
-        if self._team is None:
-            raise MemoryError("no memory for threads")
-        weakref.finalize(self, _close, library, self._team, os.getpid()).atexit = False
+        self._team = Team(library, torch.get_num_threads())
+        self.choice = CompiledChoice(self._team)
         self._tables = (LayerWeights * len(layers))(*map(_layer, layers))
         head_weights = _linear(head)
         self._weights = DecoderWeights(
@@ -115,7 +112,7 @@ class CompiledDecoder:
         """Logits [M, vocab]; x is used up."""
         assert isinstance(plan, CompiledPlan)
         step, pool = plan.args, plan.pool
-        step.threads = self._threads
+        step.threads = self._team.threads
         step.kv, step.cos, step.sin = pool.data_ptr(), cos.data_ptr(), sin.data_ptr()
         if len(x) > self._rows:
             self.reserve(len(x))
@@ -123,16 +120,9 @@ class CompiledDecoder:
         logits = x.new_empty(len(last), self._weights.head.panels.outputs, dtype=self._logits)
         rows = (last.data_ptr(), len(last))
         addresses = (x.data_ptr(), *self._parts, logits.data_ptr())
-        args = DecoderArgs(ctypes.pointer(step), self._team, pool.stride(1), *rows, *addresses)
+        args = DecoderArgs(ctypes.pointer(step), self._team.address, pool.stride(1), *rows, *addresses)
         self._library.run_decoder(ctypes.byref(self._weights), ctypes.byref(args))
         return logits
-
-
-def _close(library: ctypes.CDLL, team: int, opened_in: int) -> None:
-    """Not at exit, when an engine's thread may be in a call: the threads end with the process. Not in a forked
-    child, which has none of them."""
-    if os.getpid() == opened_in:
-        library.team_close(team)
 
 
 def _layer(layer: DecoderLayer) -> LayerWeights:

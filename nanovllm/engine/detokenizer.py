@@ -24,6 +24,24 @@ class Decoder(Protocol):
         ...
 
 
+class PieceMemory:
+    """A decoder that remembers what it made of single tokens: the context of nearly every increment is one."""
+
+    def __init__(self, tokenizer: Decoder) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: dict[tuple[int, bool], str] = {}
+
+    def decode(self, ids: Seq[int], skip_special_tokens: bool = True) -> str:
+        """As the tokenizer does."""
+        if len(ids) != 1:
+            return self._tokenizer.decode(ids, skip_special_tokens)
+        key = (ids[0], skip_special_tokens)
+        piece = self._pieces.get(key)
+        if piece is None:
+            piece = self._pieces[key] = self._tokenizer.decode(ids, skip_special_tokens)
+        return piece
+
+
 class IncrementalDetokenizer:
     """Decodes a sliding window: the last stable piece is kept as context, because decoding may depend on it."""
 

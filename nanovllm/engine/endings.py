@@ -8,10 +8,10 @@ Invariant: whatever is raised while a sequence ends, it does end, and its reques
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from nanovllm.engine.faults import SequenceFault, StepHealth, blamed, failure
+from nanovllm.engine.faults import SequenceFault, StepHealth, failure
 from nanovllm.engine.request_book import RequestBook
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -31,9 +31,15 @@ class Endings:
         ended, self.ended = self.ended, []
         return ended
 
-    def on_behalf_of(self, seq: Sequence, stage: str) -> EndsAlone:
-        """Whatever goes wrong in here fails `seq` and nobody else."""
-        return EndsAlone(self, seq, stage)
+    def each(self, seqs: Iterable[Sequence], stage: str, act: Callable[[Sequence], None]) -> None:
+        """`act` on one after the other: whose act raises fails, and nobody else."""
+        for seq in seqs:
+            try:
+                act(seq)
+            except SequenceFault as fault:
+                self.blame(fault)
+            except Exception as error:  # noqa: BLE001  whatever it raises fails this sequence only
+                self.fail(seq, failure(stage, error))
 
     @contextmanager
     def on_nobodys_behalf(self, stage: str) -> Iterator[None]:
@@ -64,21 +70,3 @@ class Endings:
             with self.on_nobodys_behalf("release"):  # then blocks may be lost, but no request is
                 self._scheduler.end(seq, status)
         seq.finish_reason = reason
-
-
-class EndsAlone:
-    """A sequence at fault in here fails, and what comes after goes on."""
-
-    __slots__ = ("endings", "seq", "stage")
-
-    def __init__(self, endings: Endings, seq: Sequence, stage: str) -> None:
-        self.endings, self.seq, self.stage = endings, seq, stage
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        fault = blamed(self.seq, self.stage, error)
-        if fault is not None:
-            self.endings.blame(fault)
-        return fault is not None

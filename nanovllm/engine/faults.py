@@ -27,10 +27,7 @@ class SequenceFault(Exception):
 
 
 class OnBehalfOf:
-    """An exception in here is a SequenceFault of `seq`, unless an inner one has found somebody else at fault.
-
-    A class, not a generator, for its speed: a step enters some for each of its sequences.
-    """
+    """An exception in here is a SequenceFault of `seq`, unless an inner one has found somebody else at fault."""
 
     __slots__ = ("seq", "stage")
 
@@ -41,20 +38,8 @@ class OnBehalfOf:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        fault = blamed(self.seq, self.stage, error)
-        if fault is not None and fault is not error:
-            raise fault from error
-
-
-def blamed(seq: Sequence, stage: str, error: BaseException | None) -> SequenceFault | None:
-    """`error` as a fault of `seq`, unless it names another one already; None of an interrupt, or of nothing."""
-    if isinstance(error, SequenceFault):
-        return error
-    if not isinstance(error, Exception):
-        return None
-    fault = SequenceFault(seq, stage)
-    fault.__cause__ = error
-    return fault
+        if isinstance(error, Exception) and not isinstance(error, SequenceFault):
+            raise SequenceFault(self.seq, self.stage) from error
 
 
 def failure(stage: str, error: Exception) -> NanoVLLMError:

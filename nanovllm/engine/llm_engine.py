@@ -213,16 +213,19 @@ class LLMEngine:
         reports: list[TransferReport] = []
         with self.endings.on_nobodys_behalf("poll"):
             reports = self.scheduler.kv.poll()
-        for report in reports:
-            with self.endings.on_behalf_of(report.seq, "load"):
-                self.scheduler.apply_transfers([report])
+
+        def apply(seq: Sequence) -> None:
+            self.scheduler.apply_transfers([report for report in reports if report.seq is seq])
+
+        self.endings.each(dict.fromkeys(report.seq for report in reports), "load", apply)
 
     def _schedule(self) -> ScheduledBatch:
         """The next batch, and what its grammars allow. Who makes that fail is failed, and it is made without them."""
         while True:
             try:
                 batch = self.scheduler.schedule()
-                batch.masks = self.book.masks(filter(samples_next, batch.seqs))
+                batch.sampling = list(filter(samples_next, batch.seqs))
+                batch.masks = self.book.masks(batch.sampling)
                 return batch
             except SequenceFault as fault:
                 self.scheduler.unschedule()
@@ -240,7 +243,7 @@ class LLMEngine:
             handle = self.runner.launch(ExecBatch.build(batch.seqs, batch.masks))
             stage = "sample"
             result = self.runner.collect(handle)
-            result.check(sum(map(samples_next, batch.seqs)))
+            result.check(len(batch.sampling))
             self.marks.collected(batch)
         except Exception as error:  # noqa: BLE001  whatever it raises fails these requests only
             failed = self.health.note_bad(stage, error)
@@ -258,28 +261,31 @@ class LLMEngine:
 
         A sequence for which the model computed no number fails alone.
         """
-        rows = iter(zip(result.token_ids.tolist(), result.logprobs, strict=True))
-        tokens: dict[Sequence, int | None] = {}
-        for seq in batch.seqs:
-            token_id, logprobs = next(rows) if samples_next(seq) else (None, None)
-            with self.endings.on_behalf_of(seq, "sample"):
-                if token_id == NO_TOKEN:
-                    raise ExecutionError("The model's logits for this request are not finite.")
-                if logprobs is not None:
-                    self.book.add_logprobs(seq, logprobs)
+        rows = zip(batch.sampling, result.token_ids.tolist(), result.logprobs, strict=True)
+        tokens: dict[Sequence, int | None] = dict.fromkeys(batch.seqs)
+
+        def take_in(seq: Sequence) -> None:
+            _, token_id, logprobs = next(rows)
+            if token_id == NO_TOKEN:
+                raise ExecutionError("The model's logits for this request are not finite.")
+            if logprobs is not None:
+                self.book.add_logprobs(seq, logprobs)
             tokens[seq] = token_id
+
+        self.endings.each(batch.sampling, "sample", take_in)
         return tokens
 
     def _commit(self, batch: ScheduledBatch) -> None:
-        for seq in self._unfailed(batch):
-            with self.endings.on_behalf_of(seq, "commit"):
-                self.scheduler.kv.commit(seq, seq.num_scheduled_tokens)
+        commit = self.scheduler.kv.commit
+        self.endings.each(self._unfailed(batch), "commit", lambda seq: commit(seq, seq.num_scheduled_tokens))
 
     def _postprocess(self, batch: ScheduledBatch, token_ids: dict[Sequence, int | None]) -> None:
-        for seq in self._unfailed(batch):
-            with self.endings.on_behalf_of(seq, "detokenise"):
-                check = self.book.finish_check
-                self.endings.ended += self.scheduler.postprocess([seq], [token_ids[seq]], finish_check=check)
+        check, ended = self.book.finish_check, self.endings.ended
+
+        def append(seq: Sequence) -> None:
+            ended.extend(self.scheduler.postprocess([seq], [token_ids[seq]], finish_check=check))
+
+        self.endings.each(self._unfailed(batch), "detokenise", append)
 
     def _emit(self, seqs: list[Sequence]) -> list[StepOutput]:
         """Hand over what is new of the sequences that ran, and of those that ended beside them."""
@@ -296,8 +302,10 @@ class LLMEngine:
         except Exception as error:  # noqa: BLE001  whatever it raises fails this request only
             self.endings.stop(seq, SequenceStatus.FAILED, "error")
             output = self.book.give_up(seq, failure("emit", error))
-        with self.endings.on_nobodys_behalf("marks"):  # a record that cannot be kept harms no request
+        try:
             self.marks.handed_over(seq)
+        except Exception as error:  # noqa: BLE001  a record that cannot be kept harms no request
+            self.health.note_bad("marks", error)
         self.observers.handed_over(seq)
         return output
 

@@ -32,7 +32,7 @@ class StepMarks:
         """A step is about to run."""
         self._launch_ns = self.clock.now_ns()
         self.num_steps += 1
-        decodes = sum(not seq.is_prefilling for seq in batch.seqs)
+        decodes = batch.num_decodes
         self.num_prefill_tokens += batch.num_tokens - decodes
         self.num_decode_tokens += decodes
         self.events.step(
@@ -48,10 +48,10 @@ class StepMarks:
             self._launch_ns,
             None if self.block_times is None else self.block_times.take(),
         )
-        for seq in batch.seqs:
+        for seq in batch.prefills:
             if seq.timeline.launch_ns is None:
                 seq.timeline.scheduled_ns, seq.timeline.launch_ns = batch.scheduled_ns, self._launch_ns
-            if seq.is_prefilling and self._is_first_chunk(seq):
+            if self._is_first_chunk(seq):
                 self._emit(seq, "prefill_begin", len(batch), self._launch_ns)
 
     def collected(self, batch: ScheduledBatch) -> None:
@@ -61,17 +61,14 @@ class StepMarks:
             work = [(seq.num_cached_tokens, seq.num_scheduled_tokens) for seq in batch.seqs]
             pairs = sum(new * (cached + new / 2) for cached, new in work)
             self.costs.observe(batch.num_tokens, (now_ns - self._launch_ns) / 1_000_000, pairs)
-        for seq in batch.seqs:
-            completes = seq.num_scheduled_tokens == seq.num_remaining_tokens
-            if seq.is_prefilling:
-                seq.timeline.prefill_runs.append(
-                    Run(self._launch_ns, now_ns, seq.num_scheduled_tokens, seq.num_preemptions)
-                )
-                stage = "prefill_end" if completes else "prefill_chunk"
-                self._emit(seq, stage, len(batch), now_ns, seq.num_scheduled_tokens)
-            if completes and not seq.prefill_only:
-                self._emit(seq, "decode_step" if seq.timeline.token_ns else "first_token", len(batch), now_ns)
-                seq.timeline.token_ns.append(now_ns)
+        for seq in batch.prefills:
+            run = Run(self._launch_ns, now_ns, seq.num_scheduled_tokens, seq.num_preemptions)
+            seq.timeline.prefill_runs.append(run)
+            stage = "prefill_end" if seq.num_scheduled_tokens == seq.num_remaining_tokens else "prefill_chunk"
+            self._emit(seq, stage, len(batch), now_ns, seq.num_scheduled_tokens)
+        for seq in batch.sampling:
+            self._emit(seq, "decode_step" if seq.timeline.token_ns else "first_token", len(batch), now_ns)
+            seq.timeline.token_ns.append(now_ns)
 
     def handed_over(self, seq: Sequence) -> None:
         """The caller is given what is new of `seq`, which may be its end."""

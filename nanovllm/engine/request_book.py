@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from nanovllm.engine.detokenizer import Decoder
+from nanovllm.engine.detokenizer import Decoder, PieceMemory
 from nanovllm.engine.faults import OnBehalfOf
 from nanovllm.engine.grammar import CompiledGrammar, Mask
 from nanovllm.engine.outputs import RequestOutput, SequenceOutput, StepOutput, TokenLogprobs
@@ -32,7 +32,7 @@ class RequestBook:
     """The live requests of one engine."""
 
     def __init__(self, tokenizer: Decoder) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = PieceMemory(tokenizer)
         self._requests: dict[str, Request] = {}
         self._outputs: dict[Sequence, SequenceOutput] = {}
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 from nanovllm.core.clock import Clock
 from nanovllm.core.events import EventBus
-from nanovllm.engine.faults import OnBehalfOf
+from nanovllm.engine.faults import OnBehalfOf, SequenceFault
 from nanovllm.engine.grammar import Mask
 from nanovllm.engine.growth import GrowthForecast
 from nanovllm.engine.kv_state import KVState, TransferReport
@@ -44,7 +44,13 @@ class ScheduledBatch:
     seqs: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
     num_decodes: int = 0  # sequences that wait for this step's end to have their next token
-    masks: dict[Sequence, Mask] = field(default_factory=dict)  # which tokens the grammars of `seqs` allow next
+    sampling: list[Sequence] = field(default_factory=list)  # those of `seqs` that get a token from it
+    masks: dict[Sequence, Mask] = field(default_factory=dict)  # which tokens the grammars of these allow next
+
+    @property
+    def prefills(self) -> list[Sequence]:
+        """Those that compute prompts: the decodes stand before them."""
+        return self.seqs[self.num_decodes :]
 
     @property
     def is_prefill(self) -> bool:
@@ -229,8 +235,12 @@ class Scheduler:
         return True
 
     def _grow(self, seq: Sequence) -> bool:
-        with OnBehalfOf(seq, "grow"):
+        try:  # what OnBehalfOf does, for less: once for each sequence in each step
             return self.kv.grow(seq)
+        except SequenceFault:
+            raise
+        except Exception as error:
+            raise SequenceFault(seq, "grow") from error
 
     def _schedule_prefills(self, batch: ScheduledBatch) -> None:
         """The next chunk of each prefill under way, then new sequences."""

@@ -31,6 +31,8 @@ class SequenceStatus(Enum):
     ABORTED = "aborted"
     FAILED = "failed"
 
+    __hash__ = object.__hash__  # its identity, as for ==; an Enum's own hashes the name, in Python, several times a step
+
 
 _S = SequenceStatus
 _ENDS = frozenset({_S.FINISHED, _S.ABORTED, _S.FAILED})
@@ -112,7 +114,8 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """True until prompt KV is complete, and again while a preempted sequence is recomputed."""
-        return self.num_completion_tokens == 0 or self.num_remaining_tokens > 1
+        known = len(self.token_ids)
+        return known == self.num_prompt_tokens or known - self.num_cached_tokens > 1
 
     @property
     def is_finished(self) -> bool:

@@ -9,7 +9,6 @@ token ids, and its last one alone has a finish_reason.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from nanovllm.core.segments import SegmentSpan
 from nanovllm.core.timeline import Timeline
@@ -83,7 +82,8 @@ class RequestOutput:
         return getattr(self, key)
 
 
-class StepOutput(NamedTuple):
+@dataclass(slots=True)
+class StepOutput:
     """One sequence's increment. `final` comes with the last increment of the request's last sample."""
 
     request_id: str

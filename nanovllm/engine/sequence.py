@@ -1,7 +1,6 @@
 """Sequence: one request as a runtime state object.
 
 What it is: a request's tokens, status, counters and block table. What it knows nothing about: bytes, scheduling, text.
-
 Interval ledger, between steps:
     [0, num_cached_tokens)                KV is valid, in the blocks of `block_table`
     [num_cached_tokens, num_tokens)       known tokens without KV; the next step computes from here
@@ -30,8 +29,7 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
     ABORTED = "aborted"
     FAILED = "failed"
-
-    __hash__ = object.__hash__  # its identity, as for ==; an Enum's own hashes the name, in Python, several times a step
+    __hash__ = object.__hash__  # identity, as ==; an Enum hashes the name, in Python
 
 
 _S = SequenceStatus
@@ -114,8 +112,7 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """True until prompt KV is complete, and again while a preempted sequence is recomputed."""
-        known = len(self.token_ids)
-        return known == self.num_prompt_tokens or known - self.num_cached_tokens > 1
+        return len(self.token_ids) == self.num_prompt_tokens or len(self.token_ids) - self.num_cached_tokens > 1
 
     @property
     def is_finished(self) -> bool:

@@ -85,7 +85,7 @@ class Choice(Protocol):
     ) -> NDArray[np.int64]:
         """One token for each row of `logits` [M, vocab], float32, which are used up; -1 where none is finite.
 
-        Columns [M]: temperature 0 takes the likeliest, top_k 0 and top_p 1 and min_p 0 filter nothing, noise from 0 up to 1.
+        Columns [M]: temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 filter nothing; noise from 0 up to 1.
         """
         ...
 
@@ -93,7 +93,10 @@ class Choice(Protocol):
 class WholeDecoder(Protocol):
     """All layers and the head as one operation, for the steps it takes; and what chooses from its logits."""
 
-    choice: Choice
+    @property
+    def choice(self) -> Choice:
+        """Chooses in the same threads."""
+        ...
 
     def takes(self, plan: AttentionPlan) -> bool:
         """Whether a step is one of those."""

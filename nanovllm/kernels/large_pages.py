@@ -1,8 +1,9 @@
 """Memory in large pages for what a step reads much of, weights and KV: it looks up fewer addresses.
 
-What it is: zeros, and copies of tensors laid one behind another. What it knows nothing about: what they mean. Invariants: a
-copy is aligned to a cache line and lives as long as somebody holds it; where the system has no large pages it lies in
-ordinary ones. Measured: products of few rows take two thirds of the time (dev/LOG.md).
+What it is: zeros, and copies of tensors laid one behind another. What it knows nothing about: what they mean.
+Invariants: zeros begin with a page and a copy with a cache line, and both live as long as somebody holds them; where
+the system has no large pages they lie in ordinary ones. Measured: products of few rows take two thirds of the time
+(dev/LOG.md).
 """
 
 from __future__ import annotations

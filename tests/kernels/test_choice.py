@@ -50,7 +50,7 @@ def test_a_draw_is_where_the_filtered_distribution_passes_the_noise(
         logits[0, 1::2] = float("-inf")
     columns = {"temperature": temperature, "min_p": min_p, "top_p": top_p, "top_k": top_k}
     token = chosen(logits, noise, **columns)[0]
-    batch: Any = SimpleNamespace(**{name: np.array([value]) for name, value in columns.items() if name != "temperature"})
+    batch: Any = SimpleNamespace(**{name: np.array([value]) for name, value in columns.items()})
     kept = _filter((logits / temperature).double(), batch, np.array([0])).softmax(-1)[0]
     cumulative = kept.cumsum(0)
     assert 0 <= token < vocab and kept[token] > 0

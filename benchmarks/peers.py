@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -35,12 +36,13 @@ from peers.rows import make_rows
 from peers.visits import Place, Worker, measure, visit
 from peers.weights import exported
 
+import nanovllm
 from nanovllm.config import parse_setting
 from nanovllm.core.cache_dir import cache_dir
 
 
 def main() -> int:
-    """Parse, build, measure, print. Exit code 1 where a peer that was asked for is missing."""
+    """Parse, build, measure, print. Exit code 1 where a peer that was asked for is missing, or a row of one failed."""
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a worker is ended with us
     engines = [ours(args), *(peer for peer in PEERS if peer.name in args.peers)]
@@ -66,7 +68,7 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found))
-    return 1 if record.missing else 0
+    return 1 if record.missing or record.failed else 0
 
 
 def parse() -> argparse.Namespace:
@@ -114,9 +116,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "max_model_len": args.max_model_len,
         "shrink": args.shrink,
-        "ours": {"weights": args.ours, "set": args.set},
+        "ours": {"weights": args.ours, "set": args.set, "source": source()},
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
     }
+
+
+def source() -> str:
+    """A hash of our sources: a run that goes on does not mix two versions."""
+    files = sorted(path for path in Path(nanovllm.__file__).parent.rglob("*") if path.suffix in {".py", ".c", ".h"})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def processor() -> str:

@@ -139,7 +139,8 @@ def _penalise(flat: torch.Tensor, vocab: int, batch: SamplingBatch) -> None:
 def _draw(logits: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:
     """Filter and draw for the rows with a temperature. Returns [len(rows)] token ids."""
     temperature = torch.from_numpy(batch.temperature[rows]).to(logits.device)
-    scaled = logits[torch.from_numpy(rows).to(logits.device)] / temperature[:, None]
+    drawn = logits[torch.from_numpy(rows).to(logits.device)]
+    scaled = (drawn - drawn.amax(dim=-1, keepdim=True)) / temperature[:, None]  # so that nothing overflows
     scaled = _filter(scaled, batch, rows)
     noise = torch.from_numpy(uniforms(batch.seeds[rows], batch.positions[rows])).to(logits.device)
     return _invert(torch.softmax(scaled, dim=-1), noise)

@@ -100,7 +100,7 @@ def load(dtype: torch.dtype, instructions: list[str] | None = None) -> ctypes.CD
     """
     command = [*compiler(), *FLAGS, *(target() if instructions is None else instructions), *DEFINES[dtype]]
     sources = b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
-    key = hashlib.sha256(repr(command).encode() + sources).hexdigest()[:32]
+    key = hashlib.sha256(repr((command, processor())).encode() + sources).hexdigest()[:32]
     folder = _private_folder(cache_dir() / "kernels")
     path = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
     if not path.exists():
@@ -133,6 +133,15 @@ def target() -> list[str]:
     level = LEVELS.get(capability, "x86-64-v2")
     bfloat16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     return [march(level), "-mavx512bf16"] if bfloat16 else [march(level)]
+
+
+def processor() -> list[str]:
+    """What -mcpu=native stands for on Arm under Linux; nothing where the command names the instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return sorted({line for line in lines if line.startswith(("Features", "CPU implementer", "CPU part"))})
 
 
 def march(level: str) -> str:

@@ -36,41 +36,60 @@ static int64_t find_first(const float *x, int64_t n, float wanted) {
     return -1;
 }
 
-/* x becomes e^((x - top) / temperature): 1 for the likeliest, 0 for what is `least_weight` times less likely or forbidden. */
-static void to_weights(float *x, int64_t n, float top, float temperature, float least_weight) {
+/* x becomes how far it lies below the top: 0 for the likeliest only, infinity for what is forbidden. */
+static void to_distances(float *x, int64_t n, float top) {
+    for (int64_t i = 0; i < n; i++) x[i] = top - x[i];
+}
+
+/* Distances up to `reach` become e^(-distance / temperature), larger ones 0. */
+static void to_weights(float *x, int64_t n, float reach, float temperature) {
     for (int64_t i = 0; i < n; i += LANES) {
-        vec part = (floats_at(x + i, n - i, -__builtin_inff()) - top) / temperature, weight = exponential(part);
-        weight = choose((part > -87.0f) & (weight >= least_weight), weight, every(0));
-        store_floats_at(x, weight, i, n);
+        vec distance = floats_at(x + i, n - i, 0), power = distance / -temperature;
+        store_floats_at(x, choose((distance <= reach) & (power > -87.0f), exponential(power), every(0)), i, n);
     }
 }
 
-/* How many weights are `floor` or more, or their sum: both fall as it rises, whatever is rounded. */
-INLINE float above(const float *weights, int64_t n, float floor, const int is_count) {
+/* How many of n are less than `bound`: more for a larger one. */
+INLINE float count_below(const float *x, int64_t n, float bound) {
+    vec total = every(0);
+    for (int64_t i = 0; i < n; i += LANES) total += choose(floats_at(x + i, n - i, bound) < bound, every(1), every(0));
+    return sum(total);
+}
+
+/* The sum of those of n that are `bound` or more: less for a larger one, whatever is rounded. */
+INLINE float sum_from(const float *x, int64_t n, float bound) {
     vec total = every(0);
     for (int64_t i = 0; i < n; i += LANES) {
-        vec part = floats_at(weights + i, n - i, -1);
-        total += choose(part >= floor, is_count ? every(1) : part, every(0));
+        vec part = floats_at(x + i, n - i, -1);
+        total += choose(part >= bound, part, every(0));
     }
     return sum(total);
 }
 
-/* The largest floor that leaves `wanted` or more: bit by bit, since floats from 0 to 1 are ordered as their bits. */
-INLINE float find_floor(const float *weights, int64_t n, float wanted, const int is_count) {
-    uint32_t found = 0;
-    for (uint32_t bit = 1u << 29; bit; bit >>= 1) {
-        uint32_t tried = found | bit;
-        float floor;
-        memcpy(&floor, &tried, sizeof floor);
-        if (floor <= 1 && above(weights, n, floor, is_count) >= wanted) found = tried;
-    }
-    float floor;
-    memcpy(&floor, &found, sizeof floor);
-    return floor;
+INLINE float number_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
-static void drop_below(float *weights, int64_t n, float floor) {
-    for (int64_t i = 0; i < n; i++) weights[i] = weights[i] >= floor ? weights[i] : 0;
+/* The k-th smallest of n, bit by bit: floats from 0 on are ordered as their bits. */
+static float find_smallest(const float *x, int64_t n, int64_t k) {
+    uint32_t found = 0;
+    for (uint32_t bit = 1u << 30; bit; bit >>= 1)
+        if (number_of(found | bit) <= __builtin_inff() && count_below(x, n, number_of(found | bit)) < (float)k) found |= bit;
+    return number_of(found);
+}
+
+/* The largest bound for which the weights from it on sum up to `wanted` or more. */
+static float find_bound(const float *weights, int64_t n, float wanted) {
+    uint32_t found = 0;
+    for (uint32_t bit = 1u << 29; bit; bit >>= 1)
+        if (number_of(found | bit) <= 1 && sum_from(weights, n, number_of(found | bit)) >= wanted) found |= bit;
+    return number_of(found);
+}
+
+static void drop_below(float *weights, int64_t n, float bound) {
+    for (int64_t i = 0; i < n; i++) weights[i] = weights[i] >= bound ? weights[i] : 0;
 }
 
 /* The token at which the running sum passes `noise` of the whole: first the span it lies in, then the token in the span. */
@@ -79,7 +98,7 @@ static int64_t draw(const float *weights, int64_t n, double noise) {
     float sums[spans];
     double total = 0, before = 0;
     for (int64_t s = 0; s < spans; s++) {
-        sums[s] = above(weights + s * SPAN, least(SPAN, n - s * SPAN), 0, 0);
+        sums[s] = sum_from(weights + s * SPAN, least(SPAN, n - s * SPAN), 0);
         total += sums[s];
     }
     int64_t s = 0;
@@ -96,22 +115,27 @@ static int64_t draw(const float *weights, int64_t n, double noise) {
 typedef struct {
     float *logits; /* [rows, vocab], used up */
     int64_t rows, vocab;
-    const float *temperature, *min_p, *top_p; /* [rows]; temperature 0: the likeliest */
-    const int64_t *top_k;                     /* [rows]; 0: off */
-    const double *noise;                      /* [rows], from 0 up to 1 */
-    int64_t *tokens;                          /* [rows]; -1 where there is no finite largest logit */
+    const float *temperature; /* [rows]; 0: the likeliest */
+    const float *reach;       /* [rows]: how far below the top min-p looks */
+    const float *top_p;       /* [rows] */
+    const int64_t *top_k;     /* [rows]; 0: off */
+    const double *noise;      /* [rows], from 0 up to 1 */
+    int64_t *tokens;          /* [rows]; -1 where there is no finite largest logit */
 } choice_args;
 
 static void choose_row(const job *j, int64_t row) {
     const choice_args *a = j->args;
-    float *x = a->logits + row * a->vocab, top = find_largest(x, a->vocab), floor = 0;
-    int64_t n = a->vocab, first = top - top == 0 ? find_first(x, n, top) : -1;
+    float *x = a->logits + row * a->vocab, top = find_largest(x, a->vocab), reach = a->reach[row];
+    int64_t n = a->vocab, k = a->top_k[row], first = top - top == 0 ? find_first(x, n, top) : -1;
     a->tokens[row] = first;
     if (first < 0 || a->temperature[row] == 0) return;
-    to_weights(x, n, top, a->temperature[row], a->min_p[row]);
-    if (a->top_k[row] > 0 && a->top_k[row] < n) floor = find_floor(x, n, (float)a->top_k[row], 1);
-    if (floor > 0) drop_below(x, n, floor);
-    if (a->top_p[row] < 1) drop_below(x, n, find_floor(x, n, a->top_p[row] * above(x, n, 0, 0), 0));
+    to_distances(x, n, top);
+    if (k > 0 && k < n) {
+        float farthest = find_smallest(x, n, k);
+        reach = farthest < reach ? farthest : reach;
+    }
+    to_weights(x, n, reach, a->temperature[row]);
+    if (a->top_p[row] < 1) drop_below(x, n, find_bound(x, n, a->top_p[row] * sum_from(x, n, 0)));
     a->tokens[row] = draw(x, n, a->noise[row]);
 }
 

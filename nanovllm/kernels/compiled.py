@@ -5,8 +5,8 @@ blocks in place: units of keys for sequences of one query, tiles of queries for 
 Where a processor multiplies matrices (AMX), bfloat16 is torch's, which uses it. What it knows
 nothing about: compilers. Invariants: threads are torch's, as many as torch uses (but see
 whole_decoder.py); what a token's result depends on is the tokens before it, never its neighbours
-in the step, how its prompt was cut into chunks or the number of threads; but in bfloat16 up to
-two rows may meet grouped weights, and more the rounded ones.
+in the step, how its prompt was cut into chunks of two tokens and more or the number of threads;
+but in bfloat16 up to two rows may meet grouped weights, and more the rounded ones.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class ChoiceArgs(ctypes.Structure):
     _fields_ = (
         ("logits", ADDRESS),
         *((name, COUNT) for name in ("rows", "vocab")),
-        *((name, ADDRESS) for name in ("temperature", "min_p", "top_p", "top_k", "noise", "tokens")),
+        *((name, ADDRESS) for name in ("temperature", "reach", "top_p", "top_k", "noise", "tokens")),
     )
 
 
@@ -46,7 +46,9 @@ class CompiledChoice:
         """One token for each row of `logits` [M, vocab], float32, which are used up; -1 where none is finite."""
         logits = logits.contiguous()
         tokens = np.empty(len(logits), np.int64)
-        columns: list[NDArray[Any]] = [temperature, min_p, top_p, top_k, noise, tokens]
+        with np.errstate(divide="ignore", invalid="ignore"):  # no min-p reaches everything
+            reach = (-np.log(min_p) * temperature).astype(np.float32)
+        columns: list[NDArray[Any]] = [temperature, reach, top_p, top_k, noise, tokens]
         args = ChoiceArgs(logits.data_ptr(), *logits.shape, *(column.ctypes.data for column in columns))
         self._team.library.choose_tokens(ctypes.byref(args), self._team.address, self._team.threads)
         return tokens

@@ -46,7 +46,7 @@ typedef struct { /* `count` rows from `first` on, between the attentions of laye
     const decoder_args *args;
     int64_t layer, first, count;
     parallel_fn parallel;
-    int threads, are_few; /* decided by all rows of the step: a row's bits do not depend on the block it stands in */
+    int threads, are_few; /* decided by all rows of the step, or at its end by all that are wanted; not by a block of them */
 } rows;
 
 static rows all_rows(const decoder_weights *m, const decoder_args *a, int64_t layer, int64_t count) {

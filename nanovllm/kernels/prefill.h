@@ -4,7 +4,7 @@
  * One item of work is one KV head and a tile of tokens, with all query heads that share it: their keys and values are
  * copied out of their blocks once, TILE positions at a time, into words in the order in which `product` reads them.
  * Tiles of keys lie at fixed positions and a row counts what it sees only: its sums depend on nothing else, not on how
- * the prompt was cut into chunks, not on other rows.
+ * the prompt was cut into chunks of two tokens and more, not on other rows. (A token alone attends in decode.h.)
  */
 #include "words.h"
 
@@ -236,18 +236,19 @@ static void end_tile(const tile *t, int64_t i, int64_t g) {
 }
 
 static void attend_tile(const job *j, int64_t item) {
+    static _Thread_local tile scratch; /* a megabyte: more than some threads have for a stack */
+    tile *t = &scratch;
     const step_args *a = j->args;
     int64_t i = item / a->kv_heads, g = item % a->kv_heads, count = a->tile_counts[i];
-    tile t;
-    start_tile(&t, a, i, g);
-    int64_t stop = t.position + count, first = a->window ? t.position + 1 - a->window : 0;
+    start_tile(t, a, i, g);
+    int64_t stop = t->position + count, first = a->window ? t->position + 1 - a->window : 0;
     for (first = first > 0 ? first / TILE * TILE : 0; first < stop; first += TILE) {
         const elem *keys[TILE];
         int64_t found = least(TILE, stop - first);
         find_keys(a, a->tile_seqs[i], g, first, found, keys);
-        copy_tile(&t, keys, found);
-        for (int64_t band = 0; band < t.rows / BAND; band++)
-            if (t.position + (band * BAND + BAND - 1) / t.heads >= first) attend_band(&t, band, first);
+        copy_tile(t, keys, found);
+        for (int64_t band = 0; band < t->rows / BAND; band++)
+            if (t->position + (band * BAND + BAND - 1) / t->heads >= first) attend_band(t, band, first);
     }
-    end_tile(&t, i, g);
+    end_tile(t, i, g);
 }

@@ -212,3 +212,9 @@ def test_logits_are_left_as_they_were() -> None:
     logits = LOGITS[None].clone()
     Sampler().sample(logits, SamplingBatch.build([sequence(logit_bias={3: 5.0}, repetition_penalty=1.3)]))
     assert torch.equal(logits[0], LOGITS)
+
+
+def test_a_draw_stays_in_the_vocabulary_where_logits_overflow() -> None:
+    """Regression: huge logits over a small temperature were infinite, and the draw fell behind the last token."""
+    logits = torch.tensor([[3e37, 1.0, 2.0]])
+    assert sample(logits, sequence(temperature=0.05)) == [0]

@@ -106,3 +106,11 @@ def test_the_sampler_chooses_the_same_tokens_either_way() -> None:
     batch: SamplingBatch = plain
     expected = _choose(logits.clone(), batch).tolist()
     assert CHOICE(logits, plain.temperature, plain.min_p, plain.top_p, plain.top_k, noise).tolist() == expected
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"min_p": 1.0}, {"temperature": 0.0}])
+def test_the_likeliest_alone_is_what_is_asked_for_however_near_the_next(filters: dict[str, Any]) -> None:
+    """Regression: filters looked at weights, which are equal where logits hardly differ."""
+    near = float(np.nextafter(np.float32(0.5), np.float32(1)))
+    logits = torch.tensor([[0.5, near, -3.0]]).expand(9, -1)
+    assert set(chosen(logits, np.linspace(0, 0.999, 9), **({"temperature": 2.0} | filters))) == {1}

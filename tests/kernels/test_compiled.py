@@ -153,3 +153,30 @@ def test_each_set_of_instructions_is_a_file_of_its_own(cache: Path) -> None:
     for instructions in ([], ["-O1"], []):
         c_library.load(torch.float32, instructions)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_the_name_of_what_is_compiled_holds_the_processor(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-mcpu=native is another instruction set elsewhere: a folder that moved with its user must not be used there."""
+    monkeypatch.setattr(c_library, "processor", lambda: ["CPU part : 0xd40"])
+    c_library.load(torch.float32)
+    monkeypatch.setattr(c_library, "processor", lambda: ["CPU part : 0xd0c"])
+    c_library.load(torch.float32)
+    assert len(list(cache.iterdir())) == 2
+
+
+SMALL_STACK = """
+import threading
+from nanovllm import LLM, SamplingParams
+with LLM("tiny:random", num_blocks=64, kernels="compiled", num_threads=2) as llm:
+    run = lambda: print(len(llm.generate([list(range(1, 200))], SamplingParams(max_tokens=2, ignore_eos=True))))
+    threading.stack_size(512 * 1024)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+"""
+
+
+def test_a_prompt_needs_no_large_stack() -> None:
+    """Regression: a tile of queries lay on the stack, a megabyte, and a thread that had less crashed."""
+    done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["1"]), done.stderr

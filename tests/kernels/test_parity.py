@@ -188,13 +188,17 @@ def steps(draw: Any) -> Step:
     pairs = draw(
         st.lists(st.tuples(st.integers(1, 200), st.sampled_from([1, 1, 2, 7, 64, 999])), min_size=1, max_size=8)
     )
+    group, head_dim = (
+        draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16])),
+        draw(st.sampled_from([8, 16, 48, 64, 80, 128, 256])),
+    )
     return Step(
         contexts=[context for context, _ in pairs],
         queries=[min(context, query) for context, query in pairs],
         block_size=draw(st.integers(1, 64)),
-        kv_heads=draw(st.integers(1, 4)),
-        group=draw(st.integers(1, 5)),
-        head_dim=draw(st.sampled_from([8, 16, 48, 64, 80])),
+        kv_heads=draw(st.integers(1, 4 if group * head_dim <= 400 else 1)),
+        group=group,
+        head_dim=head_dim,
         window=draw(st.none() | st.integers(1, 250)),
         seed=draw(seeds),
     )

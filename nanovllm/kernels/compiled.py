@@ -129,7 +129,7 @@ class CompiledKernels(CpuKernels):
             LONG_CHUNK - 1 if self.has_matrix_unit and pool.dtype == torch.bfloat16 else int(layout.query_lens.max())
         )
         chunks = prefill_chunks(layout, pool, geometry, shortest=longest + 1)
-        decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group, longest)
+        decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group, dim, longest)
         args = StepArgs(
             len(layout.positions), len(decodes[0]), len(units[0]), geometry.num_heads, geometry.num_kv_heads, dim,
             pool.shape[4], pool.stride(0), layout.block_tables.shape[1], geometry.sliding_window or 0,
@@ -172,9 +172,14 @@ def _decodes(layout: StepLayout, geometry: AttentionGeometry) -> tuple[tuple[tor
     return sequences, (torch.from_numpy(unit_seqs), torch.from_numpy(first_units), partial)
 
 
-def _tiles(layout: StepLayout, group: int, longest: int) -> tuple[torch.Tensor, ...]:
+def most_rows(dim: int) -> int:
+    """Rows of a tile: whole bands of six whose numbers, in whole registers, fit NUMBERS of prefill.h."""
+    return MAX_ROWS * 64 // (-(-dim // 64) * 64) // 6 * 6
+
+
+def _tiles(layout: StepLayout, group: int, dim: int, longest: int) -> tuple[torch.Tensor, ...]:
     """Chunks up to `longest` in pieces that attend together, most work first: sequence, first row, tokens, position."""
-    size = MAX_ROWS // group
+    size = most_rows(dim) // group
     starts = np.cumsum(layout.query_lens) - layout.query_lens
     chunks = np.flatnonzero((layout.query_lens > 1) & (layout.query_lens <= longest))
     pieces = -(-layout.query_lens[chunks] // size)

@@ -11,6 +11,7 @@
 #define TILE (64 * PER_WORD) /* keys at a time */
 #define BAND 6       /* rows that go through a product together, so that its sums stay in registers */
 #define MAX_ROWS 384 /* of a tile: tokens times query heads that share a KV head */
+#define NUMBERS (MAX_ROWS * 64) /* of all its rows: there are fewer where they are wider, so that it fits any stack */
 #define LOWEST -1e30f
 
 #define SIDE (LANES == 16 ? 4 : 2) /* vectors beside each other in a product: its sums fill 32 registers, or 16 */
@@ -37,8 +38,8 @@ INLINE void product(float *to, int64_t to_across, const float *factors, const wo
 
 typedef struct { /* one item of work; `deep` words of a query or key, `wide` numbers of a value and its padding */
     vec weight[MAX_ROWS]; /* lane by lane; here, so that what is behind it is aligned too */
-    word queries[MAX_ROWS * MAX_D], keys[MAX_D * TILE], values[TILE * (MAX_D + ACROSS)];
-    float out[MAX_ROWS * (MAX_D + ACROSS)], top[MAX_ROWS];
+    word queries[NUMBERS], keys[MAX_D * TILE / PER_WORD], values[MAX_D * TILE / PER_WORD];
+    float out[NUMBERS], top[MAX_ROWS];
     const step_args *step;
     int64_t heads, deep, wide, rows, position;
 } tile;
@@ -213,7 +214,7 @@ static void start_tile(tile *t, const step_args *a, int64_t i, int64_t g) {
         t->weight[row] = every(0);
     }
     memset(t->out, 0, t->rows * t->wide * sizeof(float));
-    if (t->wide > a->dim) memset(t->values, 0, sizeof t->values); /* the padding counts */
+    if (t->wide > a->dim) memset(t->values, 0, sizeof t->values); /* padding is summed, too */
 }
 
 static void end_tile(const tile *t, int64_t i, int64_t g) {
@@ -236,19 +237,18 @@ static void end_tile(const tile *t, int64_t i, int64_t g) {
 }
 
 static void attend_tile(const job *j, int64_t item) {
-    static _Thread_local tile scratch; /* a megabyte: more than some threads have for a stack */
-    tile *t = &scratch;
     const step_args *a = j->args;
     int64_t i = item / a->kv_heads, g = item % a->kv_heads, count = a->tile_counts[i];
-    start_tile(t, a, i, g);
-    int64_t stop = t->position + count, first = a->window ? t->position + 1 - a->window : 0;
+    tile t;
+    start_tile(&t, a, i, g);
+    int64_t stop = t.position + count, first = a->window ? t.position + 1 - a->window : 0;
     for (first = first > 0 ? first / TILE * TILE : 0; first < stop; first += TILE) {
         const elem *keys[TILE];
         int64_t found = least(TILE, stop - first);
         find_keys(a, a->tile_seqs[i], g, first, found, keys);
-        copy_tile(t, keys, found);
-        for (int64_t band = 0; band < t->rows / BAND; band++)
-            if (t->position + (band * BAND + BAND - 1) / t->heads >= first) attend_band(t, band, first);
+        copy_tile(&t, keys, found);
+        for (int64_t band = 0; band < t.rows / BAND; band++)
+            if (t.position + (band * BAND + BAND - 1) / t.heads >= first) attend_band(&t, band, first);
     }
-    end_tile(t, i, g);
+    end_tile(&t, i, g);
 }

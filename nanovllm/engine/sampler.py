@@ -47,7 +47,7 @@ class Sampler:
 
 
 def _call(choice: Choice, logits: torch.Tensor, batch: SamplingBatch) -> NDArray[np.int64]:
-    noise = uniforms(batch.seeds, batch.positions)
+    noise = np.zeros(len(logits)) if batch.all_greedy else uniforms(batch.seeds, batch.positions)
     return choice(logits, batch.temperature, batch.min_p, batch.top_p, batch.top_k, noise)
 
 

@@ -141,7 +141,7 @@ static void choose_row(const job *j, int64_t row) {
 
 /* The tokens of all rows. */
 void choose_tokens(const choice_args *a, team *team, int threads) {
-    team_call(team);
+    if (a->rows > 1) team_call(team);
     for_each(choose_row, a, a->rows, team_parallel, threads);
-    team_dismiss(team);
+    if (a->rows > 1) team_dismiss(team);
 }

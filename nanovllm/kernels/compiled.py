@@ -37,6 +37,7 @@ from nanovllm.kernels.panel_linear import PanelLinear, can_panel
 from nanovllm.kernels.whole_decoder import CompiledDecoder, can_take
 
 LANES, CHUNK, MAX_GROUP, MAX_DIM, MAX_ROWS = 16, 256, 16, 256, 384  # as in the sources in C
+NO_TILES = torch.empty(0, dtype=torch.int64)
 LONG_CHUNK = 32  # tokens from which on AMX may pay; not measured
 
 
@@ -179,6 +180,8 @@ def most_rows(dim: int) -> int:
 
 def _tiles(layout: StepLayout, group: int, dim: int, longest: int) -> tuple[torch.Tensor, ...]:
     """Chunks up to `longest` in pieces that attend together, most work first: sequence, first row, tokens, position."""
+    if not (layout.query_lens > 1).any():
+        return (NO_TILES,) * 4
     size = most_rows(dim) // group
     starts = np.cumsum(layout.query_lens) - layout.query_lens
     chunks = np.flatnonzero((layout.query_lens > 1) & (layout.query_lens <= longest))

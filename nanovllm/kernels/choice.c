@@ -7,9 +7,7 @@
 
 #define SPAN 64 /* tokens whose weights are summed before the drawn one is looked for among them */
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE vec floats_at(const float *p, int64_t left, float behind) { /* LANES floats, `behind` where there are none */
+INLINE vec padded_at(const float *p, int64_t left, float behind) { /* LANES floats, `behind` where there are none */
     vec x = every(behind);
     if (left >= LANES) memcpy(&x, p, sizeof x);
     else memcpy(&x, p, left * sizeof(float));
@@ -21,7 +19,7 @@ static float find_largest(const float *x, int64_t n) {
     vec most = every(-__builtin_inff());
     ivec is_bad = {0};
     for (int64_t i = 0; i < n; i += LANES) {
-        vec part = floats_at(x + i, n - i, -__builtin_inff());
+        vec part = padded_at(x + i, n - i, -__builtin_inff());
         most = larger(part, most);
         is_bad |= part != part;
     }
@@ -44,7 +42,7 @@ static void to_distances(float *x, int64_t n, float top) {
 /* Distances up to `reach` become e^(-distance / temperature), larger ones 0. */
 static void to_weights(float *x, int64_t n, float reach, float temperature) {
     for (int64_t i = 0; i < n; i += LANES) {
-        vec distance = floats_at(x + i, n - i, 0), power = distance / -temperature;
+        vec distance = padded_at(x + i, n - i, 0), power = distance / -temperature;
         store_floats_at(x, choose((distance <= reach) & (power > -87.0f), exponential(power), every(0)), i, n);
     }
 }
@@ -52,7 +50,7 @@ static void to_weights(float *x, int64_t n, float reach, float temperature) {
 /* How many of n are less than `bound`: more for a larger one. */
 INLINE float count_below(const float *x, int64_t n, float bound) {
     vec total = every(0);
-    for (int64_t i = 0; i < n; i += LANES) total += choose(floats_at(x + i, n - i, bound) < bound, every(1), every(0));
+    for (int64_t i = 0; i < n; i += LANES) total += choose(padded_at(x + i, n - i, bound) < bound, every(1), every(0));
     return sum(total);
 }
 
@@ -60,7 +58,7 @@ INLINE float count_below(const float *x, int64_t n, float bound) {
 INLINE float sum_from(const float *x, int64_t n, float bound) {
     vec total = every(0);
     for (int64_t i = 0; i < n; i += LANES) {
-        vec part = floats_at(x + i, n - i, -1);
+        vec part = padded_at(x + i, n - i, -1);
         total += choose(part >= bound, part, every(0));
     }
     return sum(total);

@@ -173,7 +173,7 @@ def _decodes(layout: StepLayout, geometry: AttentionGeometry) -> tuple[tuple[tor
     return sequences, (torch.from_numpy(unit_seqs), torch.from_numpy(first_units), partial)
 
 
-def most_rows(dim: int) -> int:
+def _most_rows(dim: int) -> int:
     """Rows of a tile: whole bands of six whose numbers, in whole registers, fit NUMBERS of prefill.h."""
     return MAX_ROWS * 64 // (-(-dim // 64) * 64) // 6 * 6
 
@@ -182,7 +182,7 @@ def _tiles(layout: StepLayout, group: int, dim: int, longest: int) -> tuple[torc
     """Chunks up to `longest` in pieces that attend together, most work first: sequence, first row, tokens, position."""
     if not (layout.query_lens > 1).any():
         return (NO_TILES,) * 4
-    size = most_rows(dim) // group
+    size = _most_rows(dim) // group
     starts = np.cumsum(layout.query_lens) - layout.query_lens
     chunks = np.flatnonzero((layout.query_lens > 1) & (layout.query_lens <= longest))
     pieces = -(-layout.query_lens[chunks] // size)

@@ -46,7 +46,13 @@ class CompiledChoice:
         """One token for each row of `logits` [M, vocab], float32, which are used up; -1 where none is finite."""
         logits = logits.contiguous()
         tokens = np.empty(len(logits), np.int64)
-        columns: list[NDArray[Any]] = [temperature, _reach(min_p, temperature), top_p, top_k, noise, tokens]
+        floats = [np.ascontiguousarray(x, np.float32) for x in (temperature, _reach(min_p, temperature), top_p)]
+        columns: list[NDArray[Any]] = [
+            *floats,
+            np.ascontiguousarray(top_k, np.int64),
+            np.ascontiguousarray(noise, np.float64),
+            tokens,
+        ]
         args = ChoiceArgs(logits.data_ptr(), *logits.shape, *(column.ctypes.data for column in columns))
         self._team.library.choose_tokens(ctypes.byref(args), self._team.address, self._team.threads)
         return tokens
@@ -54,7 +60,6 @@ class CompiledChoice:
 
 def _reach(min_p: NDArray[np.float32], temperature: NDArray[np.float32]) -> NDArray[np.float32]:
     """How far below the largest logit min-p looks: without it, everywhere."""
-    reach = np.full(len(min_p), np.inf, np.float32)
-    if min_p.any():
-        np.multiply(-np.log(min_p, where=min_p > 0, out=-reach), temperature, out=reach, where=min_p > 0)
+    reach, some = np.full(len(min_p), np.inf, np.float32), min_p > 0
+    reach[some] = -np.log(min_p[some]) * temperature[some]
     return reach

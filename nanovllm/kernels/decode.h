@@ -131,6 +131,7 @@ static void attend_number(const step_args *a, pair *u, int64_t number) {
 #define CASE(H, D) \
     if (heads == H && a->dim == D) return attend_pair(a, u, number, H, D);
     CASE(1, 64) CASE(2, 64) CASE(3, 64) CASE(4, 64) CASE(7, 64) CASE(2, 128) CASE(3, 128) CASE(4, 128)
+#undef CASE
     attend_pair(a, u, number, heads, (int)a->dim);
 }
 

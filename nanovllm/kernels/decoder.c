@@ -38,7 +38,7 @@ typedef struct {
 /* -- what each row goes through by itself ------------------------------------------------------------------- */
 
 #define BLOCK 96 /* rows at most that one thread takes from one attention to the next, so that its cache holds them */
-#define LAST_BLOCK 32
+#define LAST_BLOCK 32 /* rows at least, but in the last one: less of them reads the weights for too little */
 #define MANY 64 /* rows for each thread from which on they do; fewer share the reading of the weights instead */
 
 typedef struct { /* `count` rows from `first` on, between the attentions of layers `layer` - 1 and `layer` */

@@ -66,9 +66,6 @@ void silu_mul(const elem *gate_up, elem *out, int64_t rows, int64_t width, paral
 
 /* -- attention --------------------------------------------------------------------------------------------- */
 
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static void rotate(const elem *from, elem *to, const elem *cos, const elem *sin, int64_t half) {
     for (int64_t i = 0; i < half; i += LANES) {
         vec a = load_at(from, i, half), b = load_at(from + half, i, half);

@@ -88,6 +88,8 @@ INLINE void store_floats_at(float *p, vec x, int64_t i, int64_t n) {
     memcpy(p + i, &x, (n - i >= LANES ? LANES : n - i) * sizeof(float));
 }
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE vec every(float x) { return x - (vec){0}; }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
@@ -123,25 +125,15 @@ INLINE vec sums_of(vec x[LANES]) {
 #endif
 }
 
-INLINE vec larger(vec x, vec y) { /* y where one is no number */
 #ifdef __AVX512F__
-    return (vec)_mm512_max_ps((__m512)x, (__m512)y);
+#define PICK(NAME, SIGN, X, Y) (vec)_mm512_##NAME##_ps((__m512)(X), (__m512)(Y))
 #elif defined(__AVX__)
-    return (vec)_mm256_max_ps((__m256)x, (__m256)y);
+#define PICK(NAME, SIGN, X, Y) (vec)_mm256_##NAME##_ps((__m256)(X), (__m256)(Y))
 #else
-    return choose(x > y, x, y);
+#define PICK(NAME, SIGN, X, Y) choose((X) SIGN (Y), X, Y)
 #endif
-}
-
-INLINE vec smaller(vec x, vec y) { /* y where one is no number */
-#ifdef __AVX512F__
-    return (vec)_mm512_min_ps((__m512)x, (__m512)y);
-#elif defined(__AVX__)
-    return (vec)_mm256_min_ps((__m256)x, (__m256)y);
-#else
-    return choose(x < y, x, y);
-#endif
-}
+INLINE vec larger(vec x, vec y) { return PICK(max, >, x, y); } /* y where one is no number */
+INLINE vec smaller(vec x, vec y) { return PICK(min, <, x, y); }
 
 INLINE float largest(vec x) { /* halves against halves */
 #if LANES == 16

@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARE = {">=": operator.ge, "<=": operator.le}
-TIMEOUT_S = 3600
+TIMEOUT_S, PATIENCE_S = 3600, 60
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ OBSERVED = "python benchmarks/observation_cost.py"
 ROOFLINE = "python benchmarks/roofline.py"
 STEP = "python benchmarks/step_overhead.py"
 COMPARED = "python benchmarks/peers.py --peers"  # one command per peer, so that each stays within TIMEOUT_S
-VLLM_ROWS = "one_stream,concurrent_32,concurrent_64,ttft_1024,ttft_2048,warm_ttft_2048,decode_gap,start_up"
-VLLM = f"{COMPARED} vllm --only {VLLM_ROWS}"
+TTFT, STREAMS = "ttft_128,ttft_1024,ttft_2048,warm_ttft_2048", "one_stream,concurrent_8,concurrent_32,concurrent_64"
+VLLM = f"{COMPARED} vllm --only {STREAMS},{TTFT},decode_gap,start_up"
+SAME_BITS = f"{COMPARED} vllm --only one_stream --ours export"  # bf16 weights for both
 LLAMA_CPP = f"{COMPARED} llama_cpp --only one_stream"
 TRANSFORMERS = f"{COMPARED} transformers --only concurrent_32"
 CAPPED = f"{COMPARED} transformers --only capped_one_stream,capped_concurrent_32"
@@ -65,6 +66,7 @@ BARS = (
     Bar(3, "32 streams, event-loop lag P99, ms", OVERHEAD, "loop_lag_p99_ms", "<=", 50.0),
     Bar(3, "1,000 arrivals in a second, P99 of a refusal, ms", REJECTIONS, "refusal_p99_ms", "<=", 100.0),
     Bar(4, "one stream, output tokens/s, against vLLM", VLLM, "rows.one_stream.ratio.vllm", ">=", 2.5),
+    Bar(4, "one stream, bf16 weights for both, against vLLM", SAME_BITS, "rows.one_stream.ratio.vllm", ">=", 2.5),
     Bar(4, "one stream, output tokens/s, against llama.cpp", LLAMA_CPP, "rows.one_stream.ratio.llama_cpp", ">=", 1.2),
     Bar(4, "32 concurrent, output tokens/s, against vLLM", VLLM, "rows.concurrent_32.ratio.vllm", ">=", 1.5),
     Bar(4, "64 concurrent, output tokens/s, against vLLM", VLLM, "rows.concurrent_64.ratio.vllm", ">=", 1.25),
@@ -127,16 +129,27 @@ def run(command: str) -> dict[str, Any]:
     words = shlex.split(command)
     words[0] = sys.executable if words[0] == "python" else words[0]
     start = time.monotonic()
-    try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {TIMEOUT_S} s"}
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            said, errors = child.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            end(child)
+            return {"error": f"no answer in {TIMEOUT_S} s"}
     seconds = time.monotonic() - start
-    if done.returncode != 0:
-        return {"error": f"exit code {done.returncode}: {done.stderr[-300:]}"}
-    last = (done.stdout.strip().splitlines() or [""])[-1]
+    if child.returncode != 0:
+        return {"error": f"exit code {child.returncode}: {errors[-300:]}"}
+    last = (said.strip().splitlines() or [""])[-1]
     document = json.loads(last) if last.startswith("{") else {}
     return {**document, "seconds": round(seconds, 1)}
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Asked first, so that it ends what it started: the next command must not share the cores with that."""
+    child.terminate()
+    try:
+        child.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def judge(bar: Bar, report: dict[str, Any]) -> dict[str, Any]:

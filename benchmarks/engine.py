@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command import at_least_one, told
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.loading import load_model_files
@@ -40,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report = measure(args.model, args.dtype, args.repeats)
@@ -164,4 +165,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -39,6 +39,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from command import at_least_one, told
 from served import percentile
 from texts import real_text
 from tqdm import tqdm
@@ -116,18 +117,18 @@ def arguments() -> argparse.Namespace:
     """The command line; `--quick` divides documents and questions by ten."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--documents", type=int, default=500)
-    parser.add_argument("--tokens", type=int, default=256, help="length of a document")
-    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--documents", type=at_least_one, default=500)
+    parser.add_argument("--tokens", type=at_least_one, default=256, help="length of a document")
+    parser.add_argument("--questions", type=at_least_one, default=1000)
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the popularity")
     parser.add_argument("--pool-share", type=float, default=0.1, help="the device's pool, of the corpus")
     parser.add_argument("--host-share", type=float, default=0.25, help="host memory, of the corpus; the rest is disk")
     parser.add_argument("--load", choices=("auto", "always"), default="auto", help="auto: only where it is cheaper")
-    parser.add_argument("--turn", type=int, default=25, help="questions to one arm before the next is asked")
+    parser.add_argument("--turn", type=at_least_one, default=25, help="questions to one arm before the next is asked")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a stream of questions each")
-    parser.add_argument("--none-every", type=int, default=5, help="ask every n-th question without reuse")
+    parser.add_argument("--none-every", type=at_least_one, default=5, help="ask every n-th question without reuse")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=at_least_one, default=None)
     parser.add_argument("--folder", default=None, help="where the state folder is made; default: the temporary one")
     parser.add_argument("--quick", action="store_true", help="a tenth of the documents and questions")
     args = parser.parse_args()
@@ -264,4 +265,4 @@ def ratio(slow: Arm, fast: Arm, centre: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -36,6 +36,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command import at_least_one, told
+
 from nanovllm import LLM
 from nanovllm.core.events import BLOCK_CALLS, EventBus
 from nanovllm.engine.block_log import BlockTimes
@@ -164,10 +166,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--pairs", type=int, default=12, help="of each kind; at least 2")
-    parser.add_argument("--sessions", type=int, default=8, help="requests a run")
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=at_least_one, default=12, help="of each kind; at least 2")
+    parser.add_argument("--sessions", type=at_least_one, default=8, help="requests a run")
+    parser.add_argument("--output-len", type=at_least_one, default=64)
+    parser.add_argument("--threads", type=at_least_one, default=1)
     report = measure(parser.parse_args())
     for side, value in report["processor_us_per_token"].items():
         print(f"{side:<4} {value:>10.2f} processor-us per token, median")
@@ -251,4 +253,4 @@ def difference(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from command import at_least_one, told
 from peers.comparison import Record, compare
 from peers.engines import OURS, PEERS, Engine, Missing, python_of
 from peers.report import document, print_report
@@ -37,8 +38,9 @@ from peers.visits import Place, Worker, measure, visit
 from peers.weights import exported
 
 import nanovllm
-from nanovllm.config import parse_setting
+from nanovllm.config import EngineConfig, parse_setting
 from nanovllm.core.cache_dir import cache_dir
+from nanovllm.errors import NanoVLLMError
 
 
 def main() -> int:
@@ -77,15 +79,17 @@ def parse() -> argparse.Namespace:
     rows, peers = [row.name for row in make_rows()], [peer.name for peer in PEERS]
     parser.add_argument("--only", type=_names(rows), default=rows)
     parser.add_argument("--peers", type=_names(peers), default=peers)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--max-model-len", type=at_least_one, default=8192)
     parser.add_argument("--ours", choices=["file", "export"], default="file", help="this engine reads the GGUF or bf16")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of this engine, all rows")
+    parser.add_argument(
+        "--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="settings of this engine, all rows"
+    )
     parser.add_argument("--envs", type=Path, default=cache_dir() / "peers", help="where environments and weights lie")
     parser.add_argument("--build", action="store_true", help="make the environments and measure nothing")
-    parser.add_argument("--shrink", type=int, default=1, help="divide all sizes: shows that it runs, measures nothing")
+    parser.add_argument("--shrink", type=at_least_one, default=1, help="divide all sizes: shows that it runs")
     parser.add_argument("--resume", type=Path, help="a file that keeps what is measured; go on from it if it exists")
     parser.add_argument("--json", type=Path, help="also write the JSON document here")
     return parser.parse_args()
@@ -93,8 +97,7 @@ def parse() -> argparse.Namespace:
 
 def ours(args: argparse.Namespace) -> Engine:
     """This engine in the one configuration that serves every row."""
-    chosen = dict(pair.split("=", 1) for pair in args.set)
-    own = OURS.settings["engine"] | {name: parse_setting(name, text) for name, text in chosen.items()}
+    own = OURS.settings["engine"] | dict(args.set)
     return dataclasses.replace(OURS, settings={"engine": own}, takes_gguf=args.ours == "file")
 
 
@@ -116,7 +119,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "max_model_len": args.max_model_len,
         "shrink": args.shrink,
-        "ours": {"weights": args.ours, "set": args.set, "source": source()},
+        "ours": {"weights": args.ours, "set": dict(args.set), "source": source()},
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
     }
 
@@ -136,6 +139,16 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    name, is_given, value = text.partition("=")
+    if not is_given or name not in {field.name for field in dataclasses.fields(EngineConfig)}:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE of an engine's setting")
+    try:
+        return name, parse_setting(name, value)
+    except NanoVLLMError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+
+
 def _names(known: list[str]) -> Callable[[str], list[str]]:
     def parse_names(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",") if name.strip()]
@@ -148,4 +161,4 @@ def _names(known: list[str]) -> Callable[[str], list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    told(main)

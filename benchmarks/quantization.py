@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from command import at_least_one, told
 from peers.weights import exported
 from roofline import decoding, in_turn
 from safetensors.torch import load_file, save_file
@@ -79,9 +80,9 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--windows", type=int, default=20, help=f"of {WINDOW} tokens")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeats", type=int, default=60, help="decode steps that are timed")
+    parser.add_argument("--windows", type=at_least_one, default=20, help=f"of {WINDOW} tokens")
+    parser.add_argument("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=at_least_one, default=60, help="decode steps that are timed")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     torch.set_num_threads(args.threads)
@@ -242,4 +243,4 @@ def reordered(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -11,15 +11,17 @@ the read bandwidth measured here:
     packed     oneDNN on the weight packed once, exactly n rows
     ours       what the engine itself calls, from whichever form of the weight it keeps
 
-The fastest of the three makes the floor, so a slower linear of ours cannot lower the ratio; a faster one raises it,
-until the rest of the step has followed. Where a step is one call of ours in C, its linears cannot be timed by
-themselves: `ours` then calls them one by one, and the ratio can fall below 1. Paths and steps are measured in turn;
-figures are medians, and `measured`.
+The fastest of the three makes the floor. A linear of ours that is slower than another path raises the ratio, and so
+does a faster one, until the rest of the step has followed. Where ours is the fastest its time is part of step and floor
+alike, up to that of the next path, which `paths_ms` shows. Where a step is one call in C, `ours` calls the same
+functions in the same threads with arguments made beforehand: what Python adds is a microsecond a linear.
+Paths and steps are measured in turn; figures are medians, and `measured`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -34,8 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from command import at_least_one, told
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
 from nanovllm.kernels.interface import Linear
 from nanovllm.models.loading import load_model_files
 from nanovllm.models.model_config import ModelConfig
@@ -52,10 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--context", type=int, default=256, help="prompt tokens of each stream")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--streams", type=at_least_one, nargs="+", default=[1, 32])
+    parser.add_argument("--context", type=at_least_one, default=256, help="prompt tokens of each stream")
+    parser.add_argument("--repeats", type=at_least_one, default=30)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bandwidth = read_bandwidth()
@@ -79,10 +83,9 @@ def measure(args: argparse.Namespace, count: int, bandwidth: float) -> dict[str,
         runner: Any = llm.engine.runner
         model = runner.model
         paths = linear_paths(args.model, model.config, dtype, count)
-        ours = [linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        paths["ours"] = [*ours, model.head]
         inputs = [torch.randn(count, width).to(dtype) for width in widths(model.config)]
         passes: dict[str, Pass] = {name: linears(path, inputs) for name, path in paths.items()}
+        passes["ours"] = own_linears(model, inputs)
         times = in_turn({"step": step, **passes}, args.repeats)
         contexts = sum(seq.num_tokens for seq in llm.engine.scheduler.running) - count * args.repeats // 2
         kv_bytes = contexts * token_bytes(model.config, dtype)
@@ -165,6 +168,34 @@ def linears(path: list[Linear], inputs: list[torch.Tensor]) -> Pass:
     return run
 
 
+def own_linears(model: Any, inputs: list[torch.Tensor]) -> Pass:
+    """The engine's own, in its team's threads where a step is one call."""
+    path = [linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    path.append(model.head)
+    if model.whole is None:
+        return linears(path, inputs)
+    team = model.whole._team
+    parallel = ctypes.cast(team.library.team_parallel, ctypes.c_void_p)
+    results = [linear(x) for linear, x in zip(path, inputs, strict=True)]
+    calls = [bare_call(*each, team.library) for each in zip(path, inputs, results, strict=True)]
+
+    def run(_: object = (inputs, results)) -> None:
+        team.library.team_call(team.address)
+        for function, args in calls:
+            function(args, parallel, team.threads)
+        team.library.team_dismiss(team.address)
+
+    return run
+
+
+def bare_call(linear: Any, x: torch.Tensor, y: torch.Tensor, library: ctypes.CDLL) -> tuple[Any, Any]:
+    """The function in C that computes y from x, and its argument."""
+    if isinstance(linear, GroupedLinear) and len(x) > FEW:
+        linear = linear.many
+    function = library.grouped_linear if isinstance(linear, GroupedLinear) else library.panel_linear
+    return function, ctypes.byref(linear.args(x.data_ptr(), y.data_ptr(), len(x)))
+
+
 def in_turn(passes: dict[str, Pass], repeats: int) -> dict[str, float]:
     """Median seconds of each, measured in turn so that a disturbance meets all of them.
 
@@ -199,4 +230,4 @@ def read_bandwidth() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

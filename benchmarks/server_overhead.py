@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from command import at_least_one, told
 from served import Exchange, exchange, get, percentile, post, server
 
 IN_TOKENS, OUT_TOKENS = 256, 128
@@ -35,9 +36,9 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--streams", type=at_least_one, default=32)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
+    parser.add_argument("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--engine-process", action="store_true", help="the server's engine in a process of its own")
     parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)  # the child that runs LLM.generate
     args = parser.parse_args()
@@ -179,4 +180,4 @@ def lag_quantile_ms(before: dict[float, float], after: dict[float, float], share
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from command import at_least_one, told
 from talk import Conversation, KillableServer, Turn, drop_pages
 from texts import real_text
 from tqdm import tqdm
@@ -94,14 +95,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--api", choices=("responses", "chat"), default="responses", help="chat sends the history again"
     )
-    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--turns", type=at_least_one, default=20)
     parser.add_argument(
-        "--first-tokens", type=int, default=1300, help="about so many tokens of text in the first message"
+        "--first-tokens", type=at_least_one, default=1300, help="about so many tokens of text in the first message"
     )
-    parser.add_argument("--answer-tokens", type=int, default=32)
-    parser.add_argument("--long", type=int, default=2048, help="prompts of at least so many tokens are also asked cold")
+    parser.add_argument("--answer-tokens", type=at_least_one, default=32)
+    parser.add_argument("--long", type=at_least_one, default=2048, help="prompts of so many tokens are also asked cold")
     parser.add_argument("--dtype", default="float32", help="float32: texts must be equal")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=at_least_one, default=None)
     parser.add_argument("--folder", default=None, help="where the state folder is made; default: the temporary one")
     parser.add_argument("--quick", action="store_true", help="6 turns, 250 tokens at first, cold from 300 tokens on")
     args = parser.parse_args()
@@ -233,4 +234,4 @@ def speedup(rows: list[Row], pages: str) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from command import at_least_one, told
 from served import ROOT
 from state_restore import ONE_TOKEN, forget, settle
 from texts import real_text
@@ -97,10 +98,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=1024, help="of each object, about")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=at_least_one, default=1024, help="of each object, about")
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=at_least_one, default=None)
     parser.add_argument("--folder", default=None, help="where the state folder is made; default: the temporary one")
     parser.add_argument("--write", action="store_true", help="put the table into the pages")
     parser.add_argument("--quick", action="store_true", help="256 tokens, one repeat")
@@ -215,4 +216,4 @@ def write(lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from command import at_least_one, told
 from talk import drop_pages
 from tqdm import tqdm
 
@@ -43,10 +44,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=2048, help="length of the prompt")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=at_least_one, default=2048, help="length of the prompt")
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=at_least_one, default=None)
     parser.add_argument(
         "--folder", default=None, help="where the state folder is made; default: the system's temporary one"
     )
@@ -150,4 +151,4 @@ def report(args: argparse.Namespace, llm: LLM, rows: list[dict[str, dict[str, An
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from command import at_least_one, told
 
 from nanovllm import LLM, SamplingParams
 
@@ -37,9 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--sequences", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=at_least_one, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--sequences", type=at_least_one, nargs="+", default=[64, 256])
+    parser.add_argument("--steps", type=at_least_one, default=20)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [measure(args.model, args.dtype, count, args.steps) for count in args.sequences]
@@ -121,4 +122,4 @@ class TimedDecoder:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -58,7 +58,7 @@ class EngineConfig:
     model: str = _setting("smollm2", "directory, .gguf file, hub id, alias or tiny:random")
     dtype: str = _setting("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware has it")
     device: str = _setting("auto", "auto, cpu or cuda")
-    kernels: str = _setting("auto", "auto, reference (plain torch), cpu, compiled (cpu and a C file) or cuda")
+    kernels: str = _setting("auto", "auto, reference (plain torch), cpu, compiled (C, and cpu for the rest) or cuda")
     quantization: str | None = _setting(None, "int8: weights of linears as 8-bit codes; default: as the model has them")
     block_size: int = _setting(16, "tokens a KV block holds, from 1 up")
     kv_memory: int | str | None = _setting(None, "KV pool budget, bytes or '2GiB'; default: sized from free memory")
@@ -87,9 +87,7 @@ class EngineConfig:
     state_load: str = _setting("auto", "auto: bring KV up where that is cheaper than computing; always or never")
     seed: int = _setting(0, "seed of requests that bring none, and of tiny:random weights")
     num_threads: int | None = _setting(None, "CPU threads for kernels; belongs to the process")
-    enforce_eager: bool = _setting(
-        True, "accepted, as upstream; nothing is compiled or captured yet, so it has no effect"
-    )
+    enforce_eager: bool = _setting(True, "accepted, as upstream; no graph is captured either way, so it has no effect")
     tensor_parallel_size: int = _setting(1, "only 1 is implemented")
     check_invariants: bool = _setting(False, "verify the engine's books after every step; slow, for debugging")
     event_capacity: int = _setting(65536, "events kept on the bus before the oldest are dropped")

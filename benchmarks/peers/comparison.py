@@ -52,7 +52,10 @@ class Record:
         """What an interrupted run left; a run with other settings is refused."""
         if path is None or not path.exists():
             return cls(settings)
-        record = cls(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise SystemExit(f"{path} is not what --resume wrote: {error}") from error
         if record.settings != settings:
             raise SystemExit(f"{path} is of a run with other settings: {record.settings}")
         record.missing, record.failed = {}, {}  # they get another try

@@ -15,7 +15,7 @@ from nanovllm.engine.device_tier import DeviceTier
 from nanovllm.engine.exec_batch import ExecBatch, ExecResult
 from nanovllm.engine.sampler import Sampler
 from nanovllm.kernels.interface import StepLayout
-from nanovllm.kernels.one_thread import one_torch_thread
+from nanovllm.kernels.openmp import one_torch_thread
 from nanovllm.models.decoder import DecoderModel
 
 

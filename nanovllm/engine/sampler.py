@@ -209,14 +209,15 @@ def _keep_top_p(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
 
 def _top_logprobs(raw: torch.Tensor, batch: SamplingBatch) -> list[tuple[torch.Tensor, list[tuple[int, float]]] | None]:
-    out: list[tuple[torch.Tensor, list[tuple[int, float]]] | None] = []
-    for row, count in zip(raw, batch.num_logprobs, strict=True):
-        if count < 0:
-            out.append(None)
-            continue
-        logprobs = torch.log_softmax(row, dim=-1)
-        top = logprobs.topk(int(count))
-        out.append((logprobs, list(zip(top.indices.tolist(), top.values.tolist(), strict=True))))
+    """Per row that asks: all its log-probabilities, and the top ones. Rows that ask for as many are taken together."""
+    out: list[tuple[torch.Tensor, list[tuple[int, float]]] | None] = [None] * len(raw)
+    for count in np.unique(batch.num_logprobs[batch.num_logprobs >= 0]).tolist():
+        rows = np.flatnonzero(batch.num_logprobs == count)
+        logprobs = torch.log_softmax(raw[torch.from_numpy(rows).to(raw.device)], dim=-1)
+        top = logprobs.topk(count)  # of equal ones, which come first depends on the count alone
+        found = zip(rows.tolist(), logprobs, top.indices.tolist(), top.values.tolist(), strict=True)
+        for row, all_of_row, tokens, values in found:
+            out[row] = (all_of_row, list(zip(tokens, values, strict=True)))
     return out
 
 

@@ -1,8 +1,8 @@
 """The C kernels as loaded code: found in the user's cache, or compiled there first.
 
-What it is: the search for a compiler ($CC, cc, gcc, clang, or the `ziglang` wheel), one
-compilation per element type and instruction set, and the call signatures. What it knows
-nothing about: tensors. Invariants: the file's name is a hash of the source, the flags and the
+What it is: the search for a compiler ($CC, or the first of cc, gcc, clang and the `ziglang` wheel
+that compiles this), one compilation per element type and instruction set, and the call signatures.
+What it knows nothing about: tensors. Invariants: the file's name is a hash of the source, the flags and the
 compiler, and it appears whole or not at all; nothing is loaded from a folder or file that
 another user may write to; compiling needs no OpenMP: torch's own pool of threads is handed
 over as a function.
@@ -98,41 +98,56 @@ def load(dtype: torch.dtype, instructions: list[str] | None = None) -> ctypes.CD
 
     Raises CompileError.
     """
-    command = [*compiler(), *FLAGS, *(target() if instructions is None else instructions), *DEFINES[dtype]]
-    sources = b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
-    key = hashlib.sha256(repr((command, processor())).encode() + sources).hexdigest()[:32]
-    folder = _private_folder(cache_dir() / "kernels")
-    path = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
-    if not path.exists():
-        _compile(command, path)
-    _check_private(path)
+    path = _find_or_compile(dtype, instructions)
     try:
+        _check_private(path)
         return _with_signatures(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         path.unlink(missing_ok=True)  # the next start compiles again
         raise CompileError(f"{path} cannot be loaded: {error}") from error
 
 
-def compiler() -> list[str]:
-    """The command that compiles C. Raises CompileError if there is none."""
+def _find_or_compile(dtype: torch.dtype, instructions: list[str] | None) -> Path:
+    """By the first compiler that can: an old one may not know the instruction set."""
+    folder, failures = _private_folder(cache_dir() / "kernels"), []
+    sources = b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
+    for compiler in compilers():
+        flags = target(compiler) if instructions is None else instructions
+        command = [*compiler, *FLAGS, *flags, *DEFINES[dtype]]
+        key = hashlib.sha256(repr((command, processor())).encode() + sources).hexdigest()[:32]
+        path = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
+        try:
+            if not path.exists():
+                _compile(command, path)
+            return path
+        except CompileError as error:
+            failures.append(str(error))
+    raise CompileError("; ".join(failures))
+
+
+def compilers() -> list[list[str]]:
+    """Commands that compile C, in the order in which they are tried: $CC alone if it is set. Raises CompileError."""
     if named := os.environ.get("CC"):
-        return shlex.split(named)
-    for name in ("cc", "gcc", "clang"):
-        if found := shutil.which(name):
-            return [found]
+        try:
+            return [shlex.split(named)]
+        except ValueError as error:
+            raise CompileError(f"$CC is {named!r}, which is no command: {error}") from error
+    found = [[path] for path in map(shutil.which, ("cc", "gcc", "clang")) if path]
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
-    raise CompileError("no C compiler was found")
+        found.append([sys.executable, "-m", "ziglang", "cc"])
+    if not found:
+        raise CompileError("no C compiler was found")
+    return found
 
 
-def target() -> list[str]:
-    """The instruction set torch's own kernels use, so that one setting caps both."""
+def target(compiler: list[str]) -> list[str]:
+    """The instruction set torch's own kernels use, so that one setting caps both, in this compiler's flags."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["-mcpu=native"]
     capability = torch.backends.cpu.get_cpu_capability()
     level = LEVELS.get(capability, "x86-64-v2")
     bfloat16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    return [march(level), "-mavx512bf16"] if bfloat16 else [march(level)]
+    return [march(level, compiler), "-mavx512bf16"] if bfloat16 else [march(level, compiler)]
 
 
 def processor() -> list[str]:
@@ -144,27 +159,17 @@ def processor() -> list[str]:
     return sorted({line for line in lines if line.startswith(("Features", "CPU implementer", "CPU part"))})
 
 
-def march(level: str) -> str:
+def march(level: str, compiler: list[str]) -> str:
     """The flag for a level of x86-64, as this compiler spells it."""
-    return "-march=" + (level.replace("-", "_") if "ziglang" in compiler() else level)
-
-
-def parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP library that torch loaded, so that both share one pool of threads."""
-    root = Path(torch.__file__).parent
-    for path in sorted([*root.glob("lib/*omp*.so*"), *root.parent.glob("torch.libs/*omp*.so*")]):
-        try:
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ADDRESS).value
-        except (OSError, AttributeError):
-            continue
-    return None
+    return "-march=" + (level.replace("-", "_") if "ziglang" in compiler else level)
 
 
 def _compile(command: list[str], path: Path) -> None:
-    logger.info("Compiling %s with %s, once for this machine ...", path.name, command[0])
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-        made = Path(scratch) / "kernels.so"
-        try:
+    # a warning: in a script that set up no logging nothing less is shown, and the first start waits here for seconds
+    logger.warning("Compiling %s with %s, once for this machine ...", path.name, command[0])
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+            made = Path(scratch) / "kernels.so"
             done = subprocess.run(
                 [*command, *map(str, SOURCES), "-o", str(made)],
                 stdin=subprocess.DEVNULL,
@@ -174,12 +179,12 @@ def _compile(command: list[str], path: Path) -> None:
                 timeout=TIMEOUT_S,
                 check=False,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CompileError(f"{command[0]} did not run: {error}") from error
-        if done.returncode != 0 or not made.exists():
-            raise CompileError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
-        made.chmod(0o700)
-        os.replace(made, path)
+            if done.returncode != 0 or not made.exists():
+                raise CompileError(f"{command[0]} failed: {done.stderr.strip()[:500]}")
+            made.chmod(0o700)
+            os.replace(made, path)
+    except (OSError, subprocess.TimeoutExpired) as error:  # no such compiler, or a disk that is full or read-only
+        raise CompileError(f"{command[0]} could not compile: {error}") from error
 
 
 def _private_folder(folder: Path) -> Path:

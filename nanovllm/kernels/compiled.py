@@ -32,6 +32,7 @@ from nanovllm.kernels.interface import (
     WholeDecoder,
 )
 from nanovllm.kernels.large_pages import LargePages
+from nanovllm.kernels.openmp import parallel
 from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel
 from nanovllm.kernels.whole_decoder import CompiledDecoder, can_take
@@ -48,7 +49,7 @@ class CompiledKernels(CpuKernels):
 
     def __init__(self, instructions: list[str] | None = None) -> None:
         self._libraries = {dtype: c_library.load(dtype, instructions) for dtype in DEFINES}
-        self._parallel, self._pages = c_library.parallel(), LargePages()
+        self._parallel, self._pages = parallel(), LargePages()
         self.has_matrix_unit = torch.cpu._is_amx_tile_supported()
 
     def linear(

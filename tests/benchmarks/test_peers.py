@@ -147,7 +147,7 @@ def test_bars_of_issue_4_read_figures_that_the_comparison_makes(place: visits.Pl
     record, _ = compare(place, SMALL)
     found = json.loads(json.dumps(report.document(SMALL, record)))
     paths = [bar.figure for bar in BARS if bar.issue == 4 and "peers.py" in bar.command]
-    assert len(paths) == 13
+    assert len(paths) == 14
     for path in paths:
         figure: Any = found
         for key in path.split("."):

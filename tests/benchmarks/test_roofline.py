@@ -25,6 +25,22 @@ def test_every_path_computes_the_engines_own_products() -> None:
                 torch.testing.assert_close(linear(x), own(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bare_call_computes_what_the_linear_does(rows: int) -> None:
+    with LLM("smollm2", dtype="bfloat16", num_blocks=16, max_model_len=64) as llm:
+        model = llm.engine.runner.model
+        if model.whole is None:
+            pytest.skip("steps are not one call on this processor")
+        library = model.whole._team.library
+        for linear, width in zip((model.layers[0].qkv, model.head), (576, 576), strict=True):
+            x = torch.randn(rows, width).bfloat16()
+            expected = linear(x)
+            found = torch.zeros_like(expected)
+            function, args = roofline.bare_call(linear, x, found, library)
+            function(args, None, 1)
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(("own_s", "fastest", "ratio"), [(0.009, "packed", 2.5), (0.002, "ours", 5.0)])
 def test_the_fastest_path_makes_the_floor(
     monkeypatch: pytest.MonkeyPatch, own_s: float, fastest: str, ratio: float

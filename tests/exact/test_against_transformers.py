@@ -232,7 +232,7 @@ def test_tiny_model_equals_transformers(name: str, tmp_path: Path) -> None:
     assert (path / "model.safetensors.index.json").exists() == ("tied" in name)
     prompts = prompts_of((1, 15, 16, 17, 70, 130))
     goldens = {str(i): their_greedy(reference, prompt, 24) for i, prompt in enumerate(prompts)}
-    for kernels in ("cpu", "reference"):
+    for kernels in ("compiled", "cpu", "reference"):
         with LLM(path, dtype="float32", kernels=kernels, num_blocks=64, max_num_batched_tokens=48) as llm:
             ours = dict(zip(goldens, tokens(run(llm, prompts, [greedy(24)] * 6)), strict=True))
             check_against_golden(ours, goldens)

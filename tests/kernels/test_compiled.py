@@ -72,6 +72,36 @@ def test_a_compiler_that_fails_leaves_nothing(
     assert not list(cache.iterdir())
 
 
+def test_a_disk_that_takes_nothing_is_a_reason(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(c_library.os, "replace", is_full)
+    assert choose_kernels("auto", CPU).name == "cpu"
+    with pytest.raises(ConfigError, match="No space left"):
+        choose_kernels("compiled", CPU)
+    assert not list(cache.iterdir())
+
+
+def test_a_command_that_is_none_is_a_reason(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc '")
+    assert choose_kernels("auto", CPU).name == "cpu"
+    with pytest.raises(CompileError, match="is no command"):
+        c_library.load(torch.float32)
+
+
+def test_after_a_compiler_that_is_too_old_comes_the_next(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_compiler(tmp_path, "echo bad value for -march >&2; exit 1")
+    old, new = [str(tmp_path / "compiler")], c_library.compilers()[0]
+    monkeypatch.setattr(c_library, "compilers", lambda: [old, new])
+    c_library.load(torch.float32)
+    monkeypatch.setattr(c_library, "compilers", lambda: [old, old])
+    with pytest.raises(CompileError, match=r"bad value.*; .*bad value"):
+        c_library.load(torch.float32)
+
+
 def test_without_a_compiler_the_engine_answers_and_says_which_kernels(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,7 +172,7 @@ def test_alone_beside_others_and_with_two_threads_are_the_same_bits(step: Step) 
 def test_the_cap_of_torch_caps_our_kernels_too(cap: str, level: str) -> None:
     """Read in a process of its own: torch looks at the variable once."""
     done = subprocess.run(
-        [sys.executable, "-c", "from nanovllm.kernels.c_library import target; print(*target())"],
+        [sys.executable, "-c", "from nanovllm.kernels.c_library import target; print(*target(['cc']))"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": cap, "CC": "cc"},
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip

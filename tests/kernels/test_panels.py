@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from threading import Thread
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.large_pages import CHUNK_BYTES, LargePages
-from nanovllm.kernels.one_thread import one_torch_thread
+from nanovllm.kernels.openmp import one_torch_thread, parallel
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel, in_panels
 
-CAPPED = [c_library.march("x86-64-v3")] if platform.machine() == "x86_64" else []  # as for an AVX2 machine
+# as for an AVX2 machine:
+CAPPED = [c_library.march("x86-64-v3", c_library.compilers()[0])] if platform.machine() == "x86_64" else []
 BUILDS = [(dtype, flags) for dtype in c_library.DEFINES for flags in (None, CAPPED)]
 
 
@@ -44,7 +46,7 @@ def test_the_product_is_the_weights(
         assert dtype == torch.bfloat16  # this build multiplies floats only
         return
     result = torch.float32 if is_float else dtype
-    linear = PanelLinear(weight, bias if has_bias else None, library, c_library.parallel(), LargePages(), result)
+    linear = PanelLinear(weight, bias if has_bias else None, library, parallel(), LargePages(), result)
     expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
     tolerance = 1e-4 if result == torch.float32 else 1e-2
     torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance)
@@ -76,6 +78,20 @@ def test_torch_computes_in_one_thread_and_has_its_threads_again() -> None:
     with one_torch_thread(is_wanted=False):
         assert torch.get_num_threads() == before
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_that_begins_meanwhile_has_torchs_threads() -> None:
+    """Regression: torch's own setter changes what every new thread starts with, and a second engine got one thread."""
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        with one_torch_thread():
+            other = Thread(target=lambda: found.append(torch.get_num_threads()))
+            other.start()
+            other.join()
+        assert (found, torch.get_num_threads()) == ([2], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_copies_in_large_pages_are_aligned_and_apart() -> None:

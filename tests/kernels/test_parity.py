@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanovllm.kernels.c_library import march
+from nanovllm.kernels.c_library import compilers, march
 from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.cpu import CpuKernels
 from nanovllm.kernels.interface import AttentionGeometry, Kernels, StepLayout
@@ -22,7 +22,8 @@ from nanovllm.kernels.panel_linear import PanelLinear
 from nanovllm.kernels.reference import ReferenceKernels
 
 REFERENCE = ReferenceKernels()
-CAPPED = CompiledKernels([march("x86-64-v3")] if platform.machine() == "x86_64" else [])  # as for an AVX2 machine
+# as for an AVX2 machine:
+CAPPED = CompiledKernels([march("x86-64-v3", compilers()[0])] if platform.machine() == "x86_64" else [])
 CAPPED.name = "compiled without AVX-512"
 MATRIX_UNIT = CompiledKernels()
 MATRIX_UNIT.name, MATRIX_UNIT.has_matrix_unit = "compiled for AMX", True  # the same route, here without the speed

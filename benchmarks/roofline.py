@@ -41,6 +41,7 @@ from command import at_least_one, told
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
 from nanovllm.kernels.interface import Linear
+from nanovllm.kernels.matrix_unit_linear import MatrixUnitLinear
 from nanovllm.models.loading import load_model_files
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.weights import WeightSource
@@ -172,7 +173,7 @@ def own_linears(model: Any, inputs: list[torch.Tensor]) -> Pass:
     """The engine's own, in its team's threads where a step is one call."""
     path = [linear for layer in model.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     path.append(model.head)
-    if model.whole is None:
+    if model.whole is None or isinstance(model.head, MatrixUnitLinear):
         return linears(path, inputs)
     team = model.whole._team
     parallel = ctypes.cast(team.library.team_parallel, ctypes.c_void_p)

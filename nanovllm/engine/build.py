@@ -150,10 +150,12 @@ def _free_beside_weights(
 def weight_bytes(loaded: LoadedModel, kernels: Kernels, dtype: torch.dtype) -> int:
     """What a model's weights will take, estimated: lookups, linears as the kernels lay them out, groups beside them."""
     config = loaded.config
-    lookup = config.vocab_size * config.hidden_size
-    held = config.parameter_count() + (lookup if config.tie_word_embeddings and kernels.copies_weights else 0)
+    count, lookup = config.parameter_count(), config.vocab_size * config.hidden_size
+    linears = count if config.tie_word_embeddings else count - lookup  # the head among them
+    copies = kernels.copies_of_weights(dtype)
     groups = loaded.weights.grouped(SAMPLE) if kernels.reads_groups(dtype) else None
-    return held * dtype.itemsize + (0 if groups is None else int((held - lookup) * groups.bytes_per_weight))
+    held = lookup + copies * linears if copies else count
+    return held * dtype.itemsize + (0 if groups is None else int(linears * groups.bytes_per_weight))
 
 
 def _log_quantization(weights: WeightSource, kernels: Kernels, dtype: torch.dtype) -> None:
@@ -164,7 +166,7 @@ def _log_quantization(weights: WeightSource, kernels: Kernels, dtype: torch.dtyp
     if not kernels.reads_groups(dtype):
         logger.warning(
             "quantization int8 makes nothing faster here: kernels %s in %s compute with the weights restored. "
-            "It needs kernels compiled in bfloat16, with AVX512-BF16 and without AMX.",
+            "It needs kernels compiled in bfloat16, with AVX512-BF16.",
             kernels.name,
             dtype,
         )

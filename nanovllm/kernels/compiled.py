@@ -2,7 +2,7 @@
 
 What it is: linears over panels, norms, SiLU, rotation with KV writes, and attention that reads
 blocks in place: units of keys for sequences of one query, tiles of queries for chunks of a prompt.
-Where a processor multiplies matrices (AMX), bfloat16 is torch's, which uses it. What it knows
+Where a processor multiplies matrices (AMX), bfloat16 of many rows is torch's, which uses it. What it knows
 nothing about: compilers. Invariants: threads are torch's, as many as torch uses (but see
 whole_decoder.py); what a token's result depends on is the tokens before it, never its neighbours
 in the step, how its prompt was cut into chunks of two tokens and more or the number of threads;
@@ -32,6 +32,7 @@ from nanovllm.kernels.interface import (
     WholeDecoder,
 )
 from nanovllm.kernels.large_pages import LargePages
+from nanovllm.kernels.matrix_unit_linear import FEW_ROWS, MatrixUnitLinear
 from nanovllm.kernels.openmp import parallel
 from nanovllm.kernels.paged import PagedPlan, attend_chunk, prefill_chunks
 from nanovllm.kernels.panel_linear import PanelLinear, can_panel
@@ -62,20 +63,33 @@ class CompiledKernels(CpuKernels):
     ) -> Linear:
         """In panels; few rows in bfloat16 from the groups of a quantised file, where there are any.
 
-        oneDNN's where the build has no product of such elements, or the processor multiplies matrices.
+        oneDNN's where the build has no product of such elements, and many rows where the processor multiplies matrices.
         """
         library, dtype = self._libraries[weight.dtype], torch.float32 if is_head else weight.dtype
-        if not can_panel(weight, library) or (self.has_matrix_unit and weight.dtype == torch.bfloat16):
+        if not can_panel(weight, library):
             return super().linear(weight, bias)
-        panels = PanelLinear(weight, bias, library, self._parallel, self._pages, dtype)
+        own: Linear = PanelLinear(weight, bias, library, self._parallel, self._pages, dtype)
         groups = grouped() if grouped is not None and self.reads_groups(weight.dtype) else None
-        if groups is None or not can_group(groups):
-            return panels
-        return GroupedLinear(groups, bias, panels, library, self._parallel, self._pages, dtype)
+        if groups is not None and can_group(groups):
+            own = GroupedLinear(groups, bias, own, library, self._parallel, self._pages, dtype)
+        return MatrixUnitLinear(own, super().linear(weight, bias)) if self._uses_unit(weight.dtype) else own
+
+    def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """As oneDNN wants it, where that computes the step."""
+        if isinstance(linear, MatrixUnitLinear) and len(ids) > FEW_ROWS:
+            linear = linear.many
+        return super().padded(ids, linear)
+
+    def copies_of_weights(self, dtype: torch.dtype) -> int:
+        """Panels, and beside them oneDNN's layout where that multiplies many rows."""
+        return 1 + self._uses_unit(dtype)
+
+    def _uses_unit(self, dtype: torch.dtype) -> bool:
+        return self.has_matrix_unit and dtype == torch.bfloat16
 
     def reads_groups(self, dtype: torch.dtype) -> bool:
         """In bfloat16, where it lies in panels: float32 has one product for any number of rows."""
-        return dtype == torch.bfloat16 and self._libraries[dtype].panel_width() > 0 and not self.has_matrix_unit
+        return dtype == torch.bfloat16 and self._libraries[dtype].panel_width() > 0
 
     def whole(
         self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float
@@ -83,7 +97,8 @@ class CompiledKernels(CpuKernels):
         """One call, where all weights lie in panels."""
         if not can_take(layers, head):
             return None
-        return CompiledDecoder(layers, final_norm, head, eps, self._libraries[final_norm.dtype])
+        most = FEW_ROWS if self._uses_unit(final_norm.dtype) else None
+        return CompiledDecoder(layers, final_norm, head, eps, self._libraries[final_norm.dtype], most)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """One pass, float32 inside."""
@@ -127,9 +142,7 @@ class CompiledKernels(CpuKernels):
         if dim % LANES or dim > MAX_DIM or group > MAX_GROUP:
             return super().plan(layout, pool, geometry)
         tokens = (layout.slot_blocks, layout.slot_offsets, layout.block_tables.contiguous())
-        longest = (
-            LONG_CHUNK - 1 if self.has_matrix_unit and pool.dtype == torch.bfloat16 else int(layout.query_lens.max())
-        )
+        longest = LONG_CHUNK - 1 if self._uses_unit(pool.dtype) else int(layout.query_lens.max())
         chunks = prefill_chunks(layout, pool, geometry, shortest=longest + 1)
         decodes, units, tiles = *_decodes(layout, geometry), _tiles(layout, group, dim, longest)
         args = StepArgs(

@@ -20,7 +20,6 @@ class CpuKernels(PagedKernels):
     """Packed linears; a norm in one call."""
 
     name = "cpu"
-    copies_weights = True
 
     def linear(
         self,
@@ -34,6 +33,10 @@ class CpuKernels(PagedKernels):
         if not _can_pack(weight.dtype):
             return ReferenceKernels.linear(self, weight, bias)
         return PackedLinear(weight, bias)
+
+    def copies_of_weights(self, dtype: torch.dtype) -> int:
+        """In oneDNN's layout."""
+        return 1
 
     def padded(self, ids: torch.Tensor, linear: Linear) -> torch.Tensor:
         """Up to the next number of rows that is compiled anyhow, here once rather than in every linear."""

@@ -120,10 +120,13 @@ class Kernels(Protocol):
     """One way to compute. Implementations hold no state of any request."""
 
     name: str
-    copies_weights: bool  # whether `linear` lays a weight out anew, so that one it shares with a lookup is held twice
 
     def reads_groups(self, dtype: torch.dtype) -> bool:
         """Whether linears of this type keep `grouped` beside the weight, and compute few rows from it."""
+        ...
+
+    def copies_of_weights(self, dtype: torch.dtype) -> int:
+        """How often linears lay a weight of this type out anew; 0 where they use it as it is, shared with a lookup."""
         ...
 
     def linear(

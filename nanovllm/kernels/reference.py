@@ -36,11 +36,14 @@ class ReferenceKernels:
     """Plain torch."""
 
     name = "reference"
-    copies_weights = False
 
     def reads_groups(self, dtype: torch.dtype) -> bool:
         """Never: a quantised weight is restored."""
         return False
+
+    def copies_of_weights(self, dtype: torch.dtype) -> int:
+        """None."""
+        return 0
 
     def linear(
         self,

@@ -20,6 +20,7 @@ from nanovllm.kernels.compiled_plan import CompiledPlan
 from nanovllm.kernels.grouped_linear import GroupedLinear
 from nanovllm.kernels.interface import AttentionPlan, DecoderLayer, Linear
 from nanovllm.kernels.large_pages import LINE_BYTES, large_pages
+from nanovllm.kernels.matrix_unit_linear import MatrixUnitLinear
 from nanovllm.kernels.panel_linear import PanelLinear
 from nanovllm.kernels.team import Team
 
@@ -74,12 +75,18 @@ def can_take(layers: Sequence[DecoderLayer], head: Linear) -> bool:
 
 
 class CompiledDecoder:
-    """Steps whose attention is all our own. Keeps the layers alive that it points into."""
+    """Steps whose attention is all our own, of up to `most` tokens. Keeps the layers alive that it points into."""
 
     def __init__(
-        self, layers: Sequence[DecoderLayer], final_norm: torch.Tensor, head: Linear, eps: float, library: ctypes.CDLL
+        self,
+        layers: Sequence[DecoderLayer],
+        final_norm: torch.Tensor,
+        head: Linear,
+        eps: float,
+        library: ctypes.CDLL,
+        most: int | None = None,
     ) -> None:
-        self._library, self._alive = library, (layers, final_norm, head)
+        self._library, self._alive, self._most = library, (layers, final_norm, head), most
         self._team = Team(library, torch.get_num_threads())
         self.choice = CompiledChoice(self._team)
         self._tables = (LayerWeights * len(layers))(*map(_layer, layers))
@@ -96,6 +103,7 @@ class CompiledDecoder:
 
     def reserve(self, rows: int) -> None:
         """Room for steps of up to `rows` tokens, kept from step to step: memory costs most when it is first written."""
+        rows = min(rows, self._most or rows)
         sizes = [-(-rows * width * self._item_bytes // LINE_BYTES) * LINE_BYTES for width in self._widths]
         self._rows, self._scratch = rows, large_pages(sum(sizes))
         if self._scratch.nbytes <= TOUCHED_BYTES:
@@ -103,8 +111,10 @@ class CompiledDecoder:
         self._parts = tuple(accumulate(sizes[:-1], initial=self._scratch.data_ptr()))
 
     def takes(self, plan: AttentionPlan) -> bool:
-        """Whether nothing of the step attends in torch."""
-        return isinstance(plan, CompiledPlan) and not plan.chunks and plan.args.num_tokens > 0
+        """Whether nothing of the step attends in torch, and it is not one of too many tokens."""
+        if not isinstance(plan, CompiledPlan) or plan.chunks:
+            return False
+        return 0 < plan.args.num_tokens <= (self._most or plan.args.num_tokens)
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan, last: torch.Tensor
@@ -131,12 +141,18 @@ def _layer(layer: DecoderLayer) -> LayerWeights:
 
 
 def _linear(linear: Linear) -> LinearWeights:
-    panels = _panels(linear)
+    panels, few = _panels(linear), _few(linear)
     assert isinstance(panels, PanelLinear)
-    groups = linear.args() if isinstance(linear, GroupedLinear) else GroupedArgs()
+    groups = few.args() if isinstance(few, GroupedLinear) else GroupedArgs()
     return LinearWeights(groups, panels.args())
 
 
 def _panels(linear: Linear) -> Linear:
-    """What computes many rows."""
-    return linear.many if isinstance(linear, GroupedLinear) else linear
+    """What computes more rows than meet groups."""
+    few = _few(linear)
+    return few.many if isinstance(few, GroupedLinear) else few
+
+
+def _few(linear: Linear) -> Linear:
+    """What is our own of it."""
+    return linear.few if isinstance(linear, MatrixUnitLinear) else linear

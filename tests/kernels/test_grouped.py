@@ -19,14 +19,27 @@ from nanovllm.kernels import c_library
 from nanovllm.kernels.compiled import CompiledKernels
 from nanovllm.kernels.grouped_linear import FEW, GroupedLinear
 from nanovllm.kernels.grouped_weight import GROUP, GroupedWeight
+from nanovllm.kernels.interface import Linear
 from nanovllm.kernels.large_pages import LargePages
+from nanovllm.kernels.matrix_unit_linear import FEW_ROWS, MatrixUnitLinear
 from nanovllm.kernels.openmp import parallel
 from nanovllm.kernels.packed_linear import PackedLinear
 from nanovllm.kernels.panel_linear import PanelLinear
 from nanovllm.kernels.whole_decoder import CompiledDecoder
 from nanovllm.models.gguf_groups import grouped_rows
 
-MULTIPLIES_BFLOAT16 = c_library.load(torch.bfloat16).panel_width() > 0 and not torch.cpu._is_amx_tile_supported()
+MULTIPLIES_BFLOAT16 = c_library.load(torch.bfloat16).panel_width() > 0
+
+
+@pytest.fixture(params=["as it is", "as if it had AMX"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "as it is":
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+def own(linear: Linear) -> Linear:
+    """What computes few rows, where the processor multiplies matrices of many."""
+    return linear.few if isinstance(linear, MatrixUnitLinear) else linear
 
 
 def drawn(outputs: int, inputs: int, bits: int, seed: int = 0) -> GroupedWeight:
@@ -87,6 +100,7 @@ def test_the_product_is_that_of_the_restored_weight(
     assert torch.equal(linear(x), alone)  # neighbours change no bit
 
 
+@pytest.mark.usefixtures("processor")
 def test_only_bfloat16_and_only_few_rows_use_the_groups() -> None:
     kernels, weight = CompiledKernels(), drawn(32, 128, 4)
     plain = weight.restored()
@@ -94,23 +108,43 @@ def test_only_bfloat16_and_only_few_rows_use_the_groups() -> None:
     odd = drawn(24, 128, 4)
     rounded = plain.bfloat16()
     linear = kernels.linear(rounded, None, lambda: weight)
-    assert isinstance(linear, GroupedLinear) == MULTIPLIES_BFLOAT16
+    assert isinstance(own(linear), GroupedLinear) == MULTIPLIES_BFLOAT16
     if not MULTIPLIES_BFLOAT16:
-        pytest.skip("no products of bfloat16 on this processor, or whole matrices of them")
-    assert not isinstance(kernels.linear(odd.restored().bfloat16(), None, lambda: odd), GroupedLinear)
+        pytest.skip("no products of bfloat16 on this processor")
+    assert not isinstance(own(kernels.linear(odd.restored().bfloat16(), None, lambda: odd)), GroupedLinear)
     x = torch.randn(FEW + 1, 128).bfloat16()
     torch.testing.assert_close(linear(x)[:1], linear(x[:1]), rtol=0.02, atol=0.02)
     assert linear(x[:0]).shape == (0, 32)  # a step in which no row samples
 
 
+def test_a_matrix_unit_computes_many_rows_and_no_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    kernels, weight = CompiledKernels(), torch.randn(32, 64)
+    linear = kernels.linear(weight.bfloat16(), None)
+    if not MULTIPLIES_BFLOAT16:
+        pytest.skip("no products of bfloat16 on this processor")
+    assert isinstance(linear, MatrixUnitLinear) and isinstance(linear.many, PackedLinear)
+    few, many = (torch.randn(FEW_ROWS + i, 64).bfloat16() for i in (0, 1))
+    assert torch.equal(linear(few), linear.few(few)) and torch.equal(linear(many), linear.many(many))
+    ids = torch.arange(FEW_ROWS + 1)
+    assert (
+        len(kernels.padded(ids, linear)) == linear.many.rows(FEW_ROWS + 1)
+        and len(kernels.padded(ids[1:], linear)) == FEW_ROWS
+    )
+    assert isinstance(kernels.linear(weight, None), PanelLinear)  # float32 has no unit
+    assert [kernels.copies_of_weights(dtype) for dtype in (torch.bfloat16, torch.float32)] == [2, 1]
+
+
+@pytest.mark.usefixtures("processor")
 def test_the_default_model_decodes_from_its_groups() -> None:
     with LLM("smollm2", dtype="bfloat16", num_blocks=64, max_model_len=256) as llm:
         model = llm.engine.runner.model  # type: ignore[attr-defined]
-        assert isinstance(model.head, GroupedLinear) == MULTIPLIES_BFLOAT16
+        assert isinstance(own(model.head), GroupedLinear) == MULTIPLIES_BFLOAT16
         out = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=12))[0]
     assert "Paris" in out.text
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("budget", [24, 140])  # the larger one gives each thread rows of its own
 def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str, budget: int) -> None:
@@ -125,7 +159,7 @@ def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str, budget: int) 
         together = llm.generate(prompts, params)
         whole, model.whole = model.whole, None
         one_by_one = llm.generate(prompts, params)
-    assert isinstance(whole, CompiledDecoder) == isinstance(model.head, GroupedLinear | PanelLinear)
+    assert isinstance(whole, CompiledDecoder) == isinstance(own(model.head), GroupedLinear | PanelLinear)
     for a, b in zip(together, one_by_one, strict=True):
         assert a.token_ids == b.token_ids and a.completions[0].logprobs == b.completions[0].logprobs
 

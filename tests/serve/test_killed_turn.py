@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.servers import IN_PROCESS, ServerProcess, running
+from tests.serve.servers import ServerProcess, running, thread_only
 
 Process = Callable[..., ServerProcess]
 SAID = "the night ferry to the outer islands leaves at four"
@@ -25,7 +25,7 @@ def is_in_files(folder: Path, text: str) -> bool:
     return any(text.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.skipif(IN_PROCESS, reason="the named points are of the server's own process")
+@thread_only("the named points are of the server's own process")
 @pytest.mark.parametrize(("nth_text", "items"), [pytest.param(1, 0, marks=LONG), (2, 2)])
 def test_killed_while_a_turn_is_kept(tmp_path: Path, process: Process, nth_text: int, items: int) -> None:
     folder, armed = tmp_path / "state", tmp_path / "armed"

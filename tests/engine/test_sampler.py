@@ -208,6 +208,16 @@ def test_logprobs_are_those_of_the_models_own_logits() -> None:
         assert logprob == pytest.approx(float(expected[token_id]), abs=1e-5)
 
 
+def test_logprobs_of_a_row_are_those_it_has_alone() -> None:
+    """Equal logits, as bfloat16 has many: which of them come first depends on the row and its count only."""
+    logits = (torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) * 2).round()
+    seqs = [sequence(temperature=0.0, logprobs=count) for count in (5, None, 2, 5, 0, 20)]
+    together = Sampler().sample(logits.clone(), SamplingBatch.build(seqs)).logprobs
+    assert [row if row is None else len(row) for row in together] == [6, None, 3, 6, 1, 21]
+    for row, seq, found in zip(logits, seqs, together, strict=True):
+        assert Sampler().sample(row[None].clone(), SamplingBatch.build([seq])).logprobs == [found]
+
+
 def test_logits_are_left_as_they_were() -> None:
     logits = LOGITS[None].clone()
     Sampler().sample(logits, SamplingBatch.build([sequence(logit_bias={3: 5.0}, repetition_penalty=1.3)]))

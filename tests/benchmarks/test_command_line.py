@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -16,21 +17,25 @@ from nanovllm.errors import ConfigError
 ROOT = Path(bars.ROOT)
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--set foo", "'foo' is no NAME=VALUE"),
-        ("--set num_blocks=many", "num_blocks cannot be read from 'many'"),
-        ("--shrink 0", "'0' is no whole number from 1 on"),
-        ("--model /none --peers vllm --only one_stream", "There is no file or directory '/none'"),
-    ],
-)
-def test_peers_says_what_is_wrong(words: str, says: str, tmp_path: Path) -> None:
-    """No environment is built for it: those that cannot be written are missing at once."""
+def test_peers_says_what_is_wrong(tmp_path: Path) -> None:
+    """A setting, and a model; no environment is built: those that cannot be written are missing at once."""
     (tmp_path / "file").touch()
-    script = [sys.executable, "benchmarks/peers.py", "--envs", str(tmp_path / "file"), *words.split()]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+    script = [sys.executable, "benchmarks/peers.py", "--envs", str(tmp_path / "file"), "--peers", "vllm"]
+
+    def said(*words: str) -> str:
+        done = subprocess.run([*script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "num_blocks cannot be read from 'many'" in said("--set", "num_blocks=many")
+    assert "There is no file or directory '/none'" in said("--model", "/none", "--only", "one_stream")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
+def test_a_count_is_a_whole_number_from_one_on(text: str) -> None:
+    assert command.at_least_one("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match="no whole number from 1 on"):
+        command.at_least_one(text)
 
 
 def test_an_error_is_one_line_with_its_mend() -> None:

@@ -178,11 +178,11 @@ def own_linears(model: Any, inputs: list[torch.Tensor]) -> Pass:
     team = model.whole._team
     parallel = ctypes.cast(team.library.team_parallel, ctypes.c_void_p)
     results = [linear(x) for linear, x in zip(path, inputs, strict=True)]
-    calls = [bare_call(*each, team.library) for each in zip(path, inputs, results, strict=True)]
+    calls = [(*bare_call(*each, team.library), each) for each in zip(path, inputs, results, strict=True)]
 
-    def run(_: object = (inputs, results)) -> None:
+    def run() -> None:
         team.library.team_call(team.address)
-        for function, args in calls:
+        for function, args, _ in calls:  # the last part keeps alive what `args` points to
             function(args, parallel, team.threads)
         team.library.team_dismiss(team.address)
 

@@ -108,17 +108,19 @@ def load(dtype: torch.dtype, instructions: list[str] | None = None) -> ctypes.CD
 
 
 def _find_or_compile(dtype: torch.dtype, instructions: list[str] | None) -> Path:
-    """By the first compiler that can: an old one may not know the instruction set."""
-    folder, failures = _private_folder(cache_dir() / "kernels"), []
+    """One that lies there, or by the first compiler that can: an old one may not know the instruction set."""
+    folder, paths, failures = _private_folder(cache_dir() / "kernels"), {}, []
     sources = b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
     for compiler in compilers():
         flags = target(compiler) if instructions is None else instructions
-        command = [*compiler, *FLAGS, *flags, *DEFINES[dtype]]
+        command = (*compiler, *FLAGS, *flags, *DEFINES[dtype])
         key = hashlib.sha256(repr((command, processor())).encode() + sources).hexdigest()[:32]
-        path = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
+        paths[command] = folder / f"{str(dtype).removeprefix('torch.')}-{key}.so"
+    if found := next(filter(Path.exists, paths.values()), None):
+        return found
+    for command, path in paths.items():
         try:
-            if not path.exists():
-                _compile(command, path)
+            _compile(command, path)
             return path
         except CompileError as error:
             failures.append(str(error))
@@ -164,7 +166,7 @@ def march(level: str, compiler: list[str]) -> str:
     return "-march=" + (level.replace("-", "_") if "ziglang" in compiler else level)
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(command: tuple[str, ...], path: Path) -> None:
     # a warning: in a script that set up no logging nothing less is shown, and the first start waits here for seconds
     logger.warning("Compiling %s with %s, once for this machine ...", path.name, command[0])
     try:

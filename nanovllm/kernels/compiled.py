@@ -82,7 +82,7 @@ class CompiledKernels(CpuKernels):
 
     def copies_of_weights(self, dtype: torch.dtype) -> int:
         """Panels, and beside them oneDNN's layout where that multiplies many rows."""
-        return 1 + self._uses_unit(dtype)
+        return 2 if self._uses_unit(dtype) and self._libraries[dtype].panel_width() > 0 else 1
 
     def _uses_unit(self, dtype: torch.dtype) -> bool:
         return self.has_matrix_unit and dtype == torch.bfloat16

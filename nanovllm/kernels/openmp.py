@@ -54,4 +54,5 @@ def one_torch_thread(is_wanted: bool = True) -> Iterator[None]:
 
 @cache
 def _limit() -> Callable[[int], object]:
+    """Sets the calling thread's count; torch's setter only where its OpenMP is not found."""
     return getattr(_library(), "omp_set_num_threads", torch.set_num_threads)

@@ -32,9 +32,9 @@ def results(path: Path, dtype: str, num_threads: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("num_threads", [3, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.usefixtures("torch_threads")
-def test_the_number_of_threads_changes_no_bit(smollm2_path: Path, dtype: str, num_threads: int) -> None:
+def test_the_number_of_threads_changes_no_bit(smollm2_path: Path, dtype: str) -> None:
     alone = results(smollm2_path, dtype, 1)
     assert [len(tokens) for tokens, _ in alone] == [NUM_TOKENS] * 6
-    assert results(smollm2_path, dtype, num_threads) == alone
+    assert results(smollm2_path, dtype, 2) == alone
+    assert results(smollm2_path, dtype, 3) == alone

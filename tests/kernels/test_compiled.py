@@ -93,11 +93,14 @@ def test_a_command_that_is_none_is_a_reason(cache: Path, monkeypatch: pytest.Mon
 def test_after_a_compiler_that_is_too_old_comes_the_next(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_compiler(tmp_path, "echo bad value for -march >&2; exit 1")
+    """It is asked once, not at each start: what the next one made lies there."""
+    fake_compiler(tmp_path, f"echo >> {tmp_path}/asked; echo bad value for -march >&2; exit 1")
     old, new = [str(tmp_path / "compiler")], c_library.compilers()[0]
     monkeypatch.setattr(c_library, "compilers", lambda: [old, new])
-    c_library.load(torch.float32)
-    monkeypatch.setattr(c_library, "compilers", lambda: [old, old])
+    for _ in range(2):
+        c_library.load(torch.float32)
+    assert (tmp_path / "asked").read_text() == "\n"
+    monkeypatch.setattr(c_library, "compilers", lambda: [old, ["sh", *old]])
     with pytest.raises(CompileError, match=r"bad value.*; .*bad value"):
         c_library.load(torch.float32)
 

@@ -31,10 +31,16 @@ from nanovllm.models.gguf_groups import grouped_rows
 MULTIPLIES_BFLOAT16 = c_library.load(torch.bfloat16).panel_width() > 0
 
 
-@pytest.fixture(params=["as it is", "as if it had AMX"])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "as it is":
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its route, on a processor that may not have it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+@pytest.fixture(params=[None, "amx"])
+def processor(request: pytest.FixtureRequest) -> None:
+    if request.param:
+        request.getfixturevalue(request.param)
 
 
 def own(linear: Linear) -> Linear:
@@ -117,8 +123,8 @@ def test_only_bfloat16_and_only_few_rows_use_the_groups() -> None:
     assert linear(x[:0]).shape == (0, 32)  # a step in which no row samples
 
 
-def test_a_matrix_unit_computes_many_rows_and_no_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+@pytest.mark.usefixtures("amx")
+def test_a_matrix_unit_computes_many_rows_and_no_few() -> None:
     kernels, weight = CompiledKernels(), torch.randn(32, 64)
     linear = kernels.linear(weight.bfloat16(), None)
     if not MULTIPLIES_BFLOAT16:
@@ -127,10 +133,8 @@ def test_a_matrix_unit_computes_many_rows_and_no_few(monkeypatch: pytest.MonkeyP
     few, many = (torch.randn(FEW_ROWS + i, 64).bfloat16() for i in (0, 1))
     assert torch.equal(linear(few), linear.few(few)) and torch.equal(linear(many), linear.many(many))
     ids = torch.arange(FEW_ROWS + 1)
-    assert (
-        len(kernels.padded(ids, linear)) == linear.many.rows(FEW_ROWS + 1)
-        and len(kernels.padded(ids[1:], linear)) == FEW_ROWS
-    )
+    assert len(kernels.padded(ids, linear)) == linear.many.rows(FEW_ROWS + 1)
+    assert len(kernels.padded(ids[1:], linear)) == FEW_ROWS
     assert isinstance(kernels.linear(weight, None), PanelLinear)  # float32 has no unit
     assert [kernels.copies_of_weights(dtype) for dtype in (torch.bfloat16, torch.float32)] == [2, 1]
 
@@ -144,16 +148,21 @@ def test_the_default_model_decodes_from_its_groups() -> None:
     assert "Paris" in out.text
 
 
+@pytest.mark.usefixtures("amx")
+def test_with_amx_a_step_of_few_rows_has_the_bits_of_its_layers() -> None:
+    steps_have_the_bits_of_their_layers("bfloat16", 24)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("budget", [24, 140])  # the larger one gives each thread rows of its own
-@pytest.mark.parametrize("dtype, has_amx", [("bfloat16", False), ("bfloat16", True), ("float32", False)])
-def test_a_step_in_one_call_has_the_bits_of_its_layers(
-    dtype: str, has_amx: bool, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_in_one_call_has_the_bits_of_its_layers(dtype: str, budget: int) -> None:
+    steps_have_the_bits_of_their_layers(dtype, budget)
+
+
+def steps_have_the_bits_of_their_layers(dtype: str, budget: int) -> None:
     """Chunks of prompts, decodes beside them, few rows and many, more of them than there is room reserved for."""
-    if has_amx:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    prompts = [[7, 8, 9, 10 + i] * (1 + budget // 8 * i) for i in range(5)]
-    params = [SamplingParams(temperature=0, max_tokens=4 + 2 * i, logprobs=3, ignore_eos=True) for i in range(5)]
+    prompts = [[7, 8, 9, 10 + i] * (1 + budget // 8 * i) for i in range(7)]
+    params = [SamplingParams(temperature=0, max_tokens=4 + 2 * i, logprobs=3, ignore_eos=True) for i in range(7)]
     how = {"max_num_batched_tokens": budget, "num_blocks": 160, "max_model_len": 512, "prefix_mode": "off"}
     with LLM("smollm2", dtype=dtype, **how) as llm:
         model = llm.engine.runner.model  # type: ignore[attr-defined]
@@ -167,10 +176,11 @@ def test_a_step_in_one_call_has_the_bits_of_its_layers(
         assert a.token_ids == b.token_ids and a.completions[0].logprobs == b.completions[0].logprobs
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.usefixtures("torch_threads")
-def test_the_last_rows_of_a_long_prompt_are_computed_as_the_others() -> None:
+def test_the_last_rows_of_a_long_prompt_are_computed_as_the_others(num_threads: int) -> None:
     """1,057 rows leave a block of one to a thread, whether there are one or two: it is no step of one row."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(num_threads)
     prompt = [7, 8, 9] * 352 + [10]
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=3, ignore_eos=True)
     with LLM("smollm2", dtype="bfloat16", num_blocks=80, max_model_len=1200, prefix_mode="off") as llm:
